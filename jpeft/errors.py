@@ -1,0 +1,33 @@
+"""Everything jpeft raises on purpose. All are ValueErrors, so that one `except` suffices:
+
+    JpeftError
+    ├── SpecError        a spec that means nothing: no such target, a bad hyperparameter, a spec where an adapter belongs
+    ├── KernelError      a weight that the method can't act on, or whose geometry is not known
+    ├── LiftError        the fast path can't do what was asked: an adapted weight never read, an nnx.Module argument
+    ├── MergeError       folding in would be wrong: a value that is not finite, a tie that would break
+    └── AdapterError     an adapter's file or folder that is broken, foreign, or does not fit the params
+"""
+
+
+class JpeftError(ValueError):
+    """The root of the tree; catch it to catch all of them."""
+
+
+class SpecError(JpeftError):
+    """A spec, a target or a hyperparameter means nothing for these params."""
+
+
+class KernelError(JpeftError):
+    """A weight that the method can't act on, or whose geometry is not known."""
+
+
+class LiftError(JpeftError):
+    """The lifted function can't honour what was attached."""
+
+
+class MergeError(JpeftError):
+    """Folding an adapter into plain params would be wrong."""
+
+
+class AdapterError(JpeftError):
+    """An adapter's file is broken, foreign, or does not fit the params. Names file, key, expected and found."""
