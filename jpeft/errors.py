@@ -5,7 +5,8 @@
     ├── KernelError      a weight that the method can't act on, or whose geometry is not known
     ├── LiftError        the fast path can't do what was asked: an adapted weight never read, an nnx.Module argument
     ├── MergeError       folding in would be wrong: a value that is not finite, a tie that would break
-    └── AdapterError     an adapter's file or folder that is broken, foreign, or does not fit the params
+    ├── AdapterError     an adapter's file or folder that is broken, foreign, or does not fit the params
+    └── WeightsError     a model's weights (file, folder or torch module) that are broken, foreign, or do not fit the model
 """
 
 
@@ -31,3 +32,7 @@ class MergeError(JpeftError):
 
 class AdapterError(JpeftError):
     """An adapter's file is broken, foreign, or does not fit the params. Names file, key, expected and found."""
+
+
+class WeightsError(JpeftError):
+    """A model's weights are broken, foreign, or do not fit the model. Names file, key, expected and found."""
