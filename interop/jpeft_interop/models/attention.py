@@ -1,0 +1,91 @@
+"""Attention with grouped heads, and the masks it takes."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jpeft_interop.models.cache import Cache
+from jpeft_interop.models.errors import ModelError
+
+
+def attend(query: Array, key: Array, value: Array, mask: Array | None, scale: float) -> Array:
+    """softmax(scale · Q Kᵀ) V, the softmax in fp32.
+
+    A row with nothing to attend to (a padding token on the left) averages all values, as transformers' eager attention does;
+    it is finite, and no real token ever reads it.
+
+    Args:
+      query: `(batch, time, heads, head_dim)`.
+      key: `(batch, slots, kv_heads, head_dim)`; each serves `heads / kv_heads` queries next to each other.
+      value: as `key`.
+      mask: True where attention is allowed, `(batch or 1, time or 1, slots)`; None allows all.
+      scale: what the scores are multiplied by.
+
+    Returns:
+      `(batch, time, heads * head_dim)`, in the query's dtype.
+    """
+    batch, time, heads, head_dim = query.shape
+    kv_heads = key.shape[2]
+    grouped = query.reshape(batch, time, kv_heads, heads // kv_heads, head_dim)
+    scores = jnp.einsum("btkgd,bskd->bkgts", grouped, key, preferred_element_type=jnp.float32) * scale
+    if mask is not None:
+        scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(query.dtype)
+    return jnp.einsum("bkgts,bskd->btkgd", weights, value).reshape(batch, time, heads * head_dim)
+
+
+def causal_mask(
+    attention_mask: Array | None, position_ids: Array | None, time: int, cache: Cache | None, window: int | None
+) -> Array:
+    """Which slot each token may attend to: none after its own, none that is padding, none `window` or more before it.
+
+    Args:
+      attention_mask: `(batch, length)`, nonzero for real tokens. With a cache its columns are the slots (a shorter one
+        says nothing about later slots); without, the tokens.
+      position_ids: those the caller gave, `(batch or 1, time)`. Given with neither mask nor cache, a jump in them starts
+        a new sequence (packing), and tokens attend within theirs.
+      time: the number of tokens.
+      cache: the cache before this forward.
+      window: the sliding window's width.
+
+    Returns:
+      `(batch or 1, time, slots)`, bool.
+    """
+    filled = cache is not None and not cache.empty
+    slots = cache.max_length if cache is not None and filled else time
+    query = (cache.start if cache is not None else 0) + jnp.arange(time)[:, None]
+    slot = jnp.arange(slots)[None, :]
+    allowed = (slot <= query)[None]
+    if window is not None:
+        allowed &= (slot > query - window)[None]
+    if attention_mask is not None:
+        allowed &= _padding(attention_mask, slots, cache)[:, None, :]
+    elif position_ids is not None and cache is None:
+        sequence = _sequences(position_ids)
+        allowed &= sequence[:, :, None] == sequence[:, None, :]
+    return allowed
+
+
+def padding_mask(attention_mask: Array | None, time: int) -> Array | None:
+    """For a model that sees both ways: `(batch, 1, time)`, bool, or None where every token is real."""
+    return None if attention_mask is None else _padding(attention_mask, time, None)[:, None, :]
+
+
+def _padding(attention_mask: Array, slots: int, cache: Cache | None) -> Array:
+    length = attention_mask.shape[-1]
+    most = slots if cache is None else cache.max_length
+    if attention_mask.ndim != 2 or length > most or (cache is None and length != slots):
+        raise ModelError(
+            f"attention_mask has shape {attention_mask.shape}; expected (batch, {most}): one column a "
+            f"{'token' if cache is None else 'slot of the cache, or fewer from the first on'}, nonzero where it is real"
+        )
+    real = attention_mask.astype(bool)[:, :slots]
+    return jnp.pad(real, ((0, 0), (0, slots - real.shape[1])))
+
+
+def _sequences(position_ids: Array) -> Array:
+    """The number of each token's sequence, counted along the row: a new one starts where positions do not go up by one."""
+    jump = jnp.diff(position_ids, axis=1, prepend=position_ids[:, :1] - 1) != 1
+    return jnp.cumsum(jump, axis=1)

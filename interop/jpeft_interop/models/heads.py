@@ -1,0 +1,59 @@
+"""What stands before and after a stack: looking tokens up, choosing the tokens that a head reads."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from jpeft_interop.models.errors import ModelError
+
+
+def embed(table: nnx.Embed, input_ids: Array | None, inputs_embeds: Array | None) -> Array:
+    """The embeddings `(batch, time, hidden)`: looked up, or as given. An id outside the table gives NaN.
+
+    Raises:
+      ModelError: both or neither are given, or either has the wrong number of axes.
+    """
+    given, axes = (input_ids, 2) if inputs_embeds is None else (inputs_embeds, 3)
+    if given is None or (input_ids is not None and inputs_embeds is not None):
+        raise ModelError("give exactly one of input_ids (batch, time) and inputs_embeds (batch, time, hidden)")
+    if given.ndim != axes:
+        name = "input_ids" if axes == 2 else "inputs_embeds"
+        raise ModelError(f"{name} must have {axes} axes, (batch, time{', hidden' if axes == 3 else ''}); found {given.shape}")
+    return given if inputs_embeds is not None else table(given)
+
+
+def pick(hidden: Array, logits_to_keep: Array | int | None) -> Array:
+    """The tokens to compute logits of, of `(batch, time, hidden)`.
+
+    Args:
+      hidden: the last hidden state.
+      logits_to_keep: an int keeps that many at the end (0, as None, keeps all), an array of indices keeps those.
+    """
+    if logits_to_keep is None:
+        return hidden
+    if isinstance(logits_to_keep, int):
+        return hidden[:, -logits_to_keep:] if logits_to_keep else hidden
+    if logits_to_keep.ndim != 1:
+        raise ModelError(
+            "logits_to_keep must be an int that is known while tracing, or a 1-D array of indices; "
+            f"found an array of shape {logits_to_keep.shape}"
+        )
+    return hidden[:, logits_to_keep]
+
+
+def last_token(hidden: Array, input_ids: Array | None, pad_token_id: int | None) -> Array:
+    """The state a decoder's classifier reads, `(batch, hidden)`: of the last token that is not `pad_token_id`.
+
+    As in transformers, the last token of all where there are no ids to look at, and the mask is not asked.
+
+    Raises:
+      ModelError: several sequences and no padding token to find their ends by.
+    """
+    if pad_token_id is None and hidden.shape[0] != 1:
+        raise ModelError(f"a batch of {hidden.shape[0]} needs the config's pad_token_id, which is null")
+    if input_ids is None or pad_token_id is None:
+        return hidden[:, -1]
+    last = jnp.argmax(jnp.arange(input_ids.shape[1]) * (input_ids != pad_token_id), axis=1)
+    return jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
