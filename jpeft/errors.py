@@ -6,7 +6,7 @@
     ├── LiftError        the fast path can't do what was asked: an adapted weight never read, an nnx.Module argument
     ├── MergeError       folding in would be wrong: a value that is not finite, a tie that would break
     ├── AdapterError     an adapter's file or folder that is broken, foreign, or does not fit the params
-    └── WeightsError     a model's weights (file, folder or torch module) that are broken, foreign, or do not fit the model
+    └── WeightsError     weights (file, folder or torch module) that are broken, foreign, or do not fit the model
 """
 
 
