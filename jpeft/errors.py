@@ -1,12 +1,12 @@
 """Everything jpeft raises on purpose. All are ValueErrors, so that one `except` suffices:
 
-    JpeftError
-    ├── SpecError        a spec that means nothing: no such target, a bad hyperparameter, a spec where an adapter belongs
-    ├── KernelError      a weight that the method can't act on, or whose geometry is not known
-    ├── LiftError        the fast path can't do what was asked: an adapted weight never read, an nnx.Module argument
-    ├── MergeError       folding in would be wrong: a value that is not finite, a tie that would break
-    ├── AdapterError     an adapter's file or folder that is broken, foreign, or does not fit the params
-    └── WeightsError     weights (file, folder or torch module) that are broken, foreign, or do not fit the model
+JpeftError
+├── SpecError        a spec that means nothing: no such target, a bad hyperparameter, a spec where an adapter belongs
+├── KernelError      a weight that the method can't act on, or whose geometry is not known
+├── LiftError        the fast path can't do what was asked: an adapted weight never read, an nnx.Module argument
+├── MergeError       folding in would be wrong: a value that is not finite, a tie that would break
+├── AdapterError     an adapter's file or folder that is broken, foreign, or does not fit the params
+└── WeightsError     weights (file, folder or torch module) that are broken, foreign, or do not fit the model
 """
 
 

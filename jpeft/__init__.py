@@ -1,0 +1,28 @@
+"""Parameter-efficient fine-tuning for JAX: adapters are pytrees, applied to an unmodified model by a function of its params."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from jpeft.adapter import Adapter as Adapter
+from jpeft.adapter import Count as Count
+from jpeft.adapter import count as count
+from jpeft.adapter import init as init
+from jpeft.apply import apply as apply
+from jpeft.apply import merge as merge
+from jpeft.attach import attach as attach
+from jpeft.coverage import coverage as coverage
+from jpeft.errors import AdapterError as AdapterError
+from jpeft.errors import JpeftError as JpeftError
+from jpeft.errors import KernelError as KernelError
+from jpeft.errors import LiftError as LiftError
+from jpeft.errors import MergeError as MergeError
+from jpeft.errors import SpecError as SpecError
+from jpeft.geometry import kernels as kernels
+from jpeft.kernel import Kernel as Kernel
+from jpeft.kernel import Kernels as Kernels
+from jpeft.lift import lift as lift
+from jpeft.methods.lora import LoRA as LoRA
+
+try:
+    __version__ = version("jpeft")
+except PackageNotFoundError:  # a checkout that is not installed
+    __version__ = "0+unknown"

@@ -1,0 +1,223 @@
+"""An adapter: arrays by path, and a spec. A pytree, apart from the params it was made for.
+
+`trained` is what an optimizer updates; `constant` is what it must not touch (the scaling of each kernel); `meta` is
+static and hashable: the spec, and for each path the method and the geometry of the weight there.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jpeft.errors import KernelError, SpecError
+from jpeft.kernel import Kernel, Kernels
+from jpeft.method import Leaves
+from jpeft.methods import lora
+from jpeft.methods.lora import LoRA
+from jpeft.targets import resolve, saves_module, selected_layers
+from jpeft.tree import flatten, module_of, nearest
+
+Part = dict[str, Leaves]
+Spec = LoRA
+
+
+@dataclass(frozen=True)
+class Site:
+    """What is done to one weight.
+
+    Attributes:
+      path: where the weight is.
+      method: a name of `jpeft.methods.METHODS`.
+      kernel: the weight's geometry.
+      rank: the method's rank here (0 where it has none).
+      layers: of stacked layers, those adapted; None for all.
+      use: `lookup` or `product` where the adapter acts on one use alone of a weight with both (a tied embedding); None
+        for all uses.
+    """
+
+    path: str
+    method: str
+    kernel: Kernel
+    rank: int = 0
+    layers: tuple[int, ...] | None = None
+    use: str | None = None
+
+
+@dataclass(frozen=True)
+class Meta:
+    """The static part: the spec and the sites, sorted by path."""
+
+    spec: Spec
+    sites: tuple[Site, ...]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Adapter:
+    """Arrays by path and leaf name, trained and constant apart, and the static `meta`.
+
+    Example: the gradient of the trained part alone.
+      >>> import jax, jax.numpy as jnp
+      >>> params = {"dense": {"kernel": jnp.ones((3, 2))}}
+      >>> adapter = init(jax.random.key(0), LoRA(rank=1), params)
+      >>> jax.tree.map(jnp.shape, adapter.trained)
+      {'dense/kernel': {'a': (3, 1), 'b': (1, 2)}}
+    """
+
+    trained: Part
+    constant: Part
+    meta: Meta = field(metadata={"static": True})
+
+    @property
+    def spec(self) -> Spec:
+        return self.meta.spec
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        return self.meta.sites
+
+    def replace(self, **parts: Any) -> Adapter:
+        """The adapter with another `trained`, `constant` or `meta`."""
+        return replace(self, **parts)
+
+    def leaves(self, path: str) -> Leaves:
+        """Everything at a path, trained and constant together."""
+        return self.constant.get(path, {}) | self.trained[path]
+
+
+def init(key: Array, spec: Spec, params: Any, *, kernels: Kernels | None = None, dtype: Any = jnp.float32) -> Adapter:
+    """A new adapter that changes nothing yet.
+
+    Each weight's key is `key` folded with its path, so that values do not depend on the other targets, the mesh or the
+    number of hosts.
+
+    Args:
+      key: a JAX PRNG key.
+      spec: what to do and where.
+      params: the base: arrays or `jax.ShapeDtypeStruct`, in any kind of tree. Biases and modules that the spec trains
+        whole are copied, so they need arrays.
+      kernels: the geometry, from `jpeft.kernels`; without it two-dimensional leaves named `kernel` or `embedding` are
+        known, and the output head is a kernel like any other.
+      dtype: of the factors. float32 is right for a bf16 base too: small updates are lost in bf16.
+
+    Raises:
+      SpecError: `spec` is not a spec, or a target matches nothing.
+      KernelError: a targeted weight's geometry is not known.
+    """
+    if not isinstance(spec, LoRA):
+        raise SpecError(f"init takes a spec, as in init(key, jpeft.LoRA(rank=8), params); found {type(spec).__name__}")
+    flat = flatten(params)
+    kernels = default_kernels(flat) if kernels is None else kernels
+    _check_fit(kernels, flat)
+    sites = [_site(spec, path, kernels[path]) for path in resolve(spec.where, kernels)]
+    replaced = [_replacement(path, flat[path].shape) for path in _replaced_paths(spec, [s.path for s in sites], flat)]
+    trained: Part = {site.path: lora.init(_fold(key, site.path), site.kernel, spec, site.rank, dtype) for site in sites}
+    trained |= {site.path: {"value": _trainable_copy(flat[site.path], site.path)} for site in replaced}
+    constant: Part = {site.path: {"scaling": _scaling(spec, site)} for site in sites}
+    return Adapter(trained, constant, Meta(spec, tuple(sorted([*sites, *replaced], key=lambda site: site.path))))
+
+
+def _fold(key: Array, path: str) -> Array:
+    return jax.random.fold_in(key, zlib.crc32(path.encode()))
+
+
+def _site(spec: Spec, path: str, kernel: Kernel) -> Site:
+    module = module_of(path)
+    return Site(path, "lora", kernel, spec.rank_of(module), selected_layers(spec.where, module, kernel))
+
+
+def _scaling(spec: Spec, site: Site) -> Array:
+    """(*batch,): the scaling of each matrix; 0 where `layers` leaves a slice of a stack alone."""
+    value = spec.scaling(site.rank, spec.alpha_of(module_of(site.path)))
+    scaling = np.full(site.kernel.batch_shape, value, np.float32)
+    if site.layers is not None:
+        chosen = np.isin(np.arange(site.kernel.batch_shape[0]), site.layers)
+        scaling *= chosen.reshape(-1, *[1] * (scaling.ndim - 1))
+    return jnp.asarray(scaling)
+
+
+def _replaced_paths(spec: Spec, adapted: list[str], flat: Mapping[str, Any]) -> list[str]:
+    """The leaves that are copied and trained whole: saved modules, and the biases asked for."""
+    beside = {module_of(path) for path in adapted}
+    is_bias = lambda path: path.rpartition("/")[2] == "bias" and (spec.bias == "all" or module_of(path) in beside)
+    saved = [path for path in flat if saves_module(spec.modules_to_save, module_of(path))]
+    for name in spec.modules_to_save:
+        if not any(saves_module((name,), module_of(path)) for path in flat):
+            raise SpecError(f"modules_to_save: {name!r} matches nothing; the nearest are {nearest(name, flat)}")
+    biases = [path for path in flat if spec.bias != "none" and is_bias(path)]
+    return sorted({*saved, *biases})
+
+
+def _replacement(path: str, shape: tuple[int, ...]) -> Site:
+    axes = tuple(range(len(shape)))
+    return Site(path, "replacement", Kernel(tuple(shape), (), axes, kind="replacement"))
+
+
+def _trainable_copy(leaf: Any, path: str) -> Array:
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        raise KernelError(
+            f"{path!r} is trained whole, which starts from its value; found a ShapeDtypeStruct, give arrays"
+        )
+    half = leaf.dtype in (jnp.bfloat16, jnp.float16)
+    return jnp.array(leaf, jnp.float32 if half else leaf.dtype)
+
+
+def _check_fit(kernels: Kernels, flat: Mapping[str, Any]) -> None:
+    for path, kernel in kernels.items():
+        if path not in flat:
+            raise KernelError(f"kernels= names {path!r}, which the params do not have; nearest: {nearest(path, flat)}")
+        if tuple(flat[path].shape) != kernel.shape:
+            raise KernelError(f"kernels= has {path!r} of shape {kernel.shape}; the params have {flat[path].shape}")
+
+
+def default_kernels(flat: Mapping[str, Any]) -> Kernels:
+    """What is known without an example: 2-D leaves named `kernel` (in, out) or `embedding` (vocabulary, features)."""
+    entries, unknown = [], []
+    for path, leaf in flat.items():
+        name, shape = path.rpartition("/")[2], tuple(getattr(leaf, "shape", ()))
+        if name in ("kernel", "embedding") and len(shape) == 2:
+            entries.append((path, Kernel(shape, (0,), (1,), kind="product" if name == "kernel" else "embedding")))
+        elif len(shape) >= 2:
+            call = "give its axes by an example: jpeft.init(key, spec, params, kernels=jpeft.kernels(fn, params, x))"
+            unknown.append((path, f"has shape {shape}: which axes are contracted can't be told from a shape; {call}"))
+    return Kernels(tuple(entries), tuple(unknown))
+
+
+@dataclass(frozen=True)
+class Count:
+    """How many parameters an adapter trains, of how many; prints as the sentence people know."""
+
+    trainable: int
+    total: int
+
+    @property
+    def percent(self) -> float:
+        return 100 * self.trainable / self.total
+
+    def __str__(self) -> str:
+        return f"trainable params: {self.trainable:,} || all params: {self.total:,} || trainable%: {self.percent:.4f}"
+
+
+def count(params: Any, adapter: Adapter) -> Count:
+    """The number of trained and of all parameters, as PEFT counts them: the adapter's come on top of the base's.
+
+    Example:
+      >>> params = {"dense": {"kernel": jnp.ones((3, 2))}}
+      >>> print(count(params, init(jax.random.key(0), LoRA(rank=1), params)))
+      trainable params: 5 || all params: 11 || trainable%: 45.4545
+    """
+    trained = sum(_trained_size(adapter, site) for site in adapter.sites)
+    return Count(trained, trained + sum(math.prod(leaf.shape) for leaf in flatten(params).values()))
+
+
+def _trained_size(adapter: Adapter, site: Site) -> int:
+    size = sum(math.prod(leaf.shape) for leaf in adapter.trained[site.path].values())
+    return size if site.layers is None else size // site.kernel.batch_shape[0] * len(site.layers)

@@ -1,0 +1,189 @@
+"""The definition: an adapted model is the model with other params. Pure, dense, in fp32; `lift` is its fast twin."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jpeft.adapter import Adapter, Site
+from jpeft.errors import KernelError, MergeError, SpecError
+from jpeft.kernel import Kernel, from_matrix, to_matrix
+from jpeft.method import Leaves
+from jpeft.methods import METHODS
+from jpeft.tree import flatten, is_weight, module_of, nearest, replace
+
+Adapters = Adapter | Sequence[Adapter] | Mapping[str, Adapter]
+Weights = Sequence[Any] | Mapping[str, Any] | None
+Weighted = tuple[Adapter, Any]
+
+
+def apply(params: Any, adapter: Adapters, weights: Weights = None) -> Any:
+    """`params` with the adapter's change in them: the same tree, shapes and dtypes.
+
+    Computed in fp32 and rounded to each param's dtype. Several adapters each act on the base: what adds, adds up.
+    Applying twice is arithmetic: `W + 2 ΔW`.
+
+    Args:
+      params: the base; a Linen dict, an `nnx.State`, or any nested mapping or sequence.
+      adapter: one, a sequence, or a mapping of names to adapters.
+      weights: how much of each; as many, or under the same names. Arrays or numbers; 1 if None.
+
+    Raises:
+      TypeError: a spec where an adapter belongs.
+      KernelError: the adapter was made for other params.
+      SpecError: a weight on something that can't be scaled, or two adapters that replace the same leaf.
+
+    Example:
+      >>> import jpeft
+      >>> params = {"dense": {"kernel": jnp.ones((3, 2))}}
+      >>> adapter = jpeft.init(jax.random.key(0), jpeft.LoRA(rank=1), params)
+      >>> bool((apply(params, adapter)["dense"]["kernel"] == 1).all())
+      True
+    """
+    pairs = weighted_adapters(adapter, weights)
+    flat = flatten(params)
+    check_fit(flat, pairs)
+    new: dict[str, Array] = {}
+    for path, effects in effects_by_path(pairs).items():
+        _check_all_uses(path, effects)
+        new[path] = adapted(new.get(path, flat[path]), effects)
+        for bias, beside in _bias_changes(path, flat, effects):
+            new[bias] = (_wide(new.get(bias, flat[bias])) + beside).astype(flat[bias].dtype)
+    return replace(params, new)
+
+
+def merge(params: Any, adapter: Adapters, weights: Weights = None) -> Any:
+    """`apply`, once and for good: outside jit, each result checked to be finite before anything is returned.
+
+    There is no unmerge: keep the base.
+
+    Raises:
+      MergeError: a merged weight is not finite; or called under jit.
+    """
+    merged = apply(params, adapter, weights)
+    for path, leaf in flatten(merged).items():
+        if isinstance(leaf, jax.core.Tracer):
+            raise MergeError("merge checks values, so it can't run under jit; inside jit use jpeft.apply")
+        if jnp.issubdtype(leaf.dtype, jnp.inexact) and not np.all(jnp.isfinite(leaf)):
+            raise MergeError(f"{path!r} holds values that are not finite after merging; nothing was returned")
+    return merged
+
+
+def weighted_adapters(adapters: Adapters, weights: Weights = None) -> list[Weighted]:
+    """One or several adapters, as pairs with their weights."""
+    if isinstance(adapters, Mapping):
+        names = list(adapters)
+        if isinstance(weights, Mapping) and set(weights) != set(names):
+            raise SpecError(f"weights are for {sorted(weights)}; the adapters are {sorted(names)}")
+        weights = [weights[name] for name in names] if isinstance(weights, Mapping) else weights
+        adapters = [adapters[name] for name in names]
+    group = [adapters] if isinstance(adapters, Adapter) else adapters
+    if not isinstance(group, (list, tuple)) or not all(isinstance(one, Adapter) for one in group):
+        raise TypeError(
+            f"expected an adapter, made by jpeft.init(key, spec, params) or jpeft.load(path); found {_kind(group)}"
+        )
+    amounts = [None] * len(group) if weights is None else list(weights)
+    if len(amounts) != len(group):
+        raise SpecError(f"{len(amounts)} weights for {len(group)} adapters")
+    return list(zip(group, amounts, strict=True))
+
+
+def _kind(found: Any) -> str:
+    if isinstance(found, (list, tuple)):
+        return f"a {type(found).__name__} of {', '.join(sorted({type(one).__name__ for one in found})) or 'nothing'}"
+    return type(found).__name__
+
+
+def check_fit(flat: Mapping[str, Any], pairs: Sequence[Weighted]) -> None:
+    """Every site of every adapter has its weight here, in its shape, not yet adapted."""
+    for adapter, _ in pairs:
+        for site in adapter.sites:
+            if site.path not in flat:
+                raise KernelError(
+                    f"the adapter has {site.path!r}, the params don't; nearest: {nearest(site.path, flat)}"
+                )
+            leaf = flat[site.path]
+            if is_weight(leaf):
+                raise KernelError(
+                    f"{site.path!r} has an adapter attached; attach all at once: jpeft.attach(params, [a, b])"
+                )
+            if tuple(leaf.shape) != site.kernel.shape:
+                raise KernelError(
+                    f"{site.path!r}: the adapter is for shape {site.kernel.shape}, the params have {tuple(leaf.shape)}"
+                )
+
+
+Effect = tuple[Site, Leaves]
+
+
+def effects_by_path(pairs: Sequence[Weighted]) -> dict[str, list[Effect]]:
+    """What each weight undergoes: sites, and their leaves as matrices with the adapter's weight folded in."""
+    effects: dict[str, list[Effect]] = {}
+    for adapter, weight in pairs:
+        for site in adapter.sites:
+            effects.setdefault(site.path, []).append((site, _leaves(adapter, site, weight)))
+    for path, group in effects.items():
+        if len(group) > 1 and any(METHODS[site.method].delta is None for site, _ in group):
+            raise SpecError(f"{path!r} is replaced whole by one of {len(group)} adapters: they can't act together")
+    return effects
+
+
+def _leaves(adapter: Adapter, site: Site, weight: Any) -> Leaves:
+    method = METHODS[site.method]
+    leaves = method.matrices(adapter.leaves(site.path), site.kernel)
+    if weight is None:
+        return leaves
+    if method.weighted is None:
+        raise SpecError(f"{site.path!r}: the effect of {site.method!r} can't be scaled; leave weights= out")
+    return method.weighted(leaves, jnp.asarray(weight))
+
+
+def _wide(leaf: Array) -> Array:
+    return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
+
+
+def adapted(weight: Array, effects: Sequence[Effect]) -> Array:
+    """One weight with its effects: fp32 maths, the weight's own dtype and axes."""
+    kernel = effects[0][0].kernel
+    matrix = adapted_matrix(_wide(to_matrix(weight, kernel)), effects)
+    return from_matrix(matrix, kernel).astype(weight.dtype)
+
+
+def adapted_matrix(w: Array, effects: Sequence[Effect]) -> Array:
+    """W' of matrices (*batch, in, out), in the dtype of `w`: what adds is taken of the base and added up."""
+    for site, leaves in effects:
+        w = METHODS[site.method].transform(w, {name: leaf.astype(w.dtype) for name, leaf in leaves.items()})
+    return w
+
+
+def _check_all_uses(path: str, effects: Sequence[Effect]) -> None:
+    for site, _ in effects:
+        if site.use is not None:
+            raise MergeError(
+                f"{path!r} is read both as a lookup and as the output head, and the adapter acts on the {site.use} alone: no "
+                "single weight does that. Run it with jpeft.lift and jpeft.attach"
+            )
+
+
+def _bias_changes(path: str, flat: Mapping[str, Any], effects: Sequence[Effect]) -> list[tuple[str, Array]]:
+    changes = []
+    for site, leaves in effects:
+        change = METHODS[site.method].bias(leaves)
+        if change is None:
+            continue
+        bias = f"{module_of(path)}/bias"
+        if bias not in flat:
+            raise KernelError(
+                f"the adapter changes the bias of {path!r}, and there is no {bias!r} to hold it; run it with jpeft.lift"
+            )
+        changes.append((bias, _bias_in_place(change, site.kernel, flat[bias])))
+    return changes
+
+
+def _bias_in_place(change: Array, kernel: Kernel, bias: Array) -> Array:
+    return change.reshape(bias.shape) if not kernel.batch else change.reshape(*kernel.batch_shape, *bias.shape[1:])

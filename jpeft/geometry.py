@@ -1,0 +1,132 @@
+"""The geometry of a model's weights, read off its program: what each meets, and along which axes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+from jpeft.errors import KernelError
+from jpeft.kernel import Kernel, Kernels
+from jpeft.lift import evaluate
+from jpeft.rewrite.program import Program, Result, Use
+from jpeft.rewrite.weight import Weight
+from jpeft.tree import flatten, map_leaves
+from jpeft.view import View
+
+
+def kernels(fn: Callable[..., Any], params: Any, *example: Any, **kwargs: Any) -> Kernels:
+    """Traces `fn(params, *example, **kwargs)` abstractly and reports the geometry of every weight in it.
+
+    Axes come from the operations that a weight reaches, not from names or shapes: contracted, output and batch axes of
+    products, lookups and convolutions, under scan, remat, cond and jit. The output head is a product that nothing but the
+    function's result reads.
+
+    Args:
+      fn: the forward function, returning logits (not a loss).
+      params: the params, the first argument; for `model.apply`, `{"params": params}`, whose paths then start below
+        `params`. Arrays or `jax.ShapeDtypeStruct`.
+      *example: the other arguments, likewise.
+      **kwargs: keyword arguments.
+
+    Raises:
+      KernelError: `fn` reads none of the params in a product.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> params = {"qkv": jnp.ones((4, 2, 3)), "out": jnp.ones((2, 3, 5))}
+      >>> fn = lambda p, x: jnp.tanh(jnp.einsum("td,dhk->thk", x, p["qkv"])).sum() * p["out"].sum()
+      >>> print(kernels(fn, params, jnp.ones((7, 4))))
+      qkv  product (4, 2, 3) contracted=(0,) output=(1, 2)
+      out  -  is read, but by no product, lookup or convolution: reduce_sum
+    """
+    program = Program(watch=True)
+    watched, root = _watched(params)
+    leaves, tree = jax.tree.flatten(((watched, *example), kwargs), is_leaf=lambda x: isinstance(x, Weight))
+    head: set[str] = set()
+
+    def trace(arrays: list[Any]) -> Any:
+        rest = iter(arrays)
+        merged = [next(rest) if _is_traced(leaf) else leaf for leaf in leaves]
+        outs = evaluate(fn, program, merged, tree)[0]
+        head.update(out.path for out in outs if isinstance(out, Result))
+        return [out.value if isinstance(out, (Result, Weight)) else out for out in outs]
+
+    jax.make_jaxpr(trace)([leaf for leaf in leaves if _is_traced(leaf)])
+    found = _report(flatten(root), program.uses, head - program.passed_on)
+    if not found:
+        raise KernelError("the function reads none of its first argument's leaves in a product; are these its params?")
+    return found
+
+
+def _is_traced(leaf: Any) -> bool:
+    return isinstance(leaf, Weight) or hasattr(leaf, "dtype")
+
+
+def _watched(params: Any) -> tuple[Any, Any]:
+    """The params with every leaf watched, and the part of them that paths start from."""
+    if isinstance(params, Mapping) and "params" in params:
+        inner = {**params, "params": map_leaves(_watch, params["params"])}
+        return inner, params["params"]
+    return map_leaves(_watch, params), params
+
+
+def _watch(path: str, leaf: Any) -> Weight:
+    shape = tuple(leaf.shape)
+    nothing = Kernel(shape, (), tuple(range(len(shape))), kind="watched")
+    return Weight(leaf, (), path, nothing, View.whole(shape), ())
+
+
+def _report(flat: Mapping[str, Any], uses: list[Use], heads: set[str]) -> Kernels:
+    entries, unknown = [], []
+    for path, leaf in flat.items():
+        mine = [use for use in uses if use.path == path]
+        found = _geometry(tuple(leaf.shape), mine, path in heads)
+        if isinstance(found, Kernel):
+            entries.append((path, found))
+        elif len(leaf.shape) >= 2:
+            unknown.append((path, found))
+    return Kernels(tuple(entries), tuple(unknown))
+
+
+def _geometry(shape: tuple[int, ...], uses: list[Use], head: bool) -> Kernel | str:
+    """The geometry that a weight's uses agree on, or why there is none."""
+    exact = [use for use in uses if use.roles is not None]
+    if not exact:
+        met = ", ".join(dict.fromkeys(use.equation for use in uses))
+        return f"is read, but by no product, lookup or convolution: {met}" if met else "is never read"
+    lookups = [use for use in exact if use.how == "lookup"]
+    first = (lookups or exact)[0]
+    axes = _axes(first, shape)
+    if axes is None:
+        return "is used in part: a product contracts a piece of one of its axes"
+    for use in exact:
+        other = _axes(use, shape)
+        if other is None or {other[:2], other[1::-1]}.isdisjoint({axes[:2]}):
+            return f"has uses of different geometry: {first.equation} contracts {axes[0]}, {use.equation} {other and other[0]}"
+    kind = "embedding" if lookups else "conv" if first.how == "conv" else "product"
+    contracted, output, batch = axes
+    met = tuple(use.how if use.roles is not None else use.equation for use in uses)
+    return Kernel(shape, contracted, output, batch, kind, first.groups, head, met)
+
+
+def _axes(use: Use, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]] | None:
+    """Contracted, output and batch axes of the original weight; None if a use divides an axis between roles."""
+    assert use.weight is not None and use.roles is not None
+    view = use.weight.view
+    groups = [{atom.axis for atom in view.atoms(dimensions)} for dimensions in use.roles]
+    contracted, output, batch = groups
+    whole = all(atom.size == shape[atom.axis] or _parts(view, atom.axis) == shape[atom.axis] for atom in view.all_atoms)
+    if not whole or contracted & output or contracted & batch or output & batch:
+        return None
+    missing = set(range(len(shape))) - contracted - output - batch
+    lost = {axis for axis in missing if shape[axis] == 1 and use.weight.value.ndim >= len(shape)}
+    return tuple(sorted(contracted)), tuple(sorted(output | lost)), tuple(sorted(batch | (missing - lost)))
+
+
+def _parts(view: View, axis: int) -> int:
+    size = 1
+    for atom in view.all_atoms:
+        size *= atom.size if atom.axis == axis else 1
+    return size

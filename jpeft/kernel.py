@@ -1,0 +1,105 @@
+"""The geometry of a weight: which of its axes are contracted, which come out, which only repeat it.
+
+`y[batch, output] = sum over contracted of x[batch, contracted] * W[contracted, output, batch]`, in any order of axes. A
+method sees every weight as matrices `(*batch, in, out)`: this file is the one place where that is done and undone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from jax import Array
+
+from jpeft.errors import KernelError
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """The geometry of one weight. Axes are positions in `shape`; every axis has exactly one role.
+
+    Attributes:
+      shape: the weight's shape.
+      contracted: axes summed over against the input (the vocabulary, for an embedding that is looked up).
+      output: axes of the result.
+      batch: axes that only repeat the weight: stacked layers, experts.
+      kind: `product`, `embedding` (a lookup) or `conv`.
+      groups: `feature_group_count` of a convolution.
+      head: the product is the model's output: `all-linear` leaves it alone.
+      uses: what the weight meets in the program, one word a use, in the order met.
+    """
+
+    shape: tuple[int, ...]
+    contracted: tuple[int, ...]
+    output: tuple[int, ...]
+    batch: tuple[int, ...] = ()
+    kind: str = "product"
+    groups: int = 1
+    head: bool = False
+    uses: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if sorted((*self.batch, *self.contracted, *self.output)) != list(range(len(self.shape))):
+            raise KernelError(
+                f"axes of a weight of shape {self.shape}: each must be contracted, output or batch, exactly once; found "
+                f"contracted {self.contracted}, output {self.output}, batch {self.batch}"
+            )
+
+    def sizes(self, axes: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(self.shape[axis] for axis in axes)
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        return self.sizes(self.batch)
+
+    @property
+    def fan_in(self) -> int:
+        return math.prod(self.sizes(self.contracted))
+
+    @property
+    def fan_out(self) -> int:
+        return math.prod(self.sizes(self.output))
+
+
+def to_matrix(weight: Array, kernel: Kernel) -> Array:
+    """`weight` in its own axes as matrices `(*batch, in, out)`."""
+    order = (*kernel.batch, *kernel.contracted, *kernel.output)
+    return weight.transpose(order).reshape(*kernel.batch_shape, kernel.fan_in, kernel.fan_out)
+
+
+def from_matrix(matrix: Array, kernel: Kernel) -> Array:
+    """The inverse of `to_matrix`."""
+    order = (*kernel.batch, *kernel.contracted, *kernel.output)
+    back = tuple(order.index(axis) for axis in range(len(order)))
+    return matrix.reshape(kernel.sizes(order)).transpose(back)
+
+
+@dataclass(frozen=True)
+class Kernels(Mapping[str, Kernel]):
+    """Paths and the geometry of the weights there; what `jpeft.kernels` returns and `init` takes as `kernels=`.
+
+    `unknown` holds the leaves that are no weight of a product, and why: a targeted one is an error that says so.
+    """
+
+    entries: tuple[tuple[str, Kernel], ...]
+    unknown: tuple[tuple[str, str], ...] = ()
+
+    def __getitem__(self, path: str) -> Kernel:
+        return dict(self.entries)[path]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(path for path, _ in self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __str__(self) -> str:
+        width = max((len(path) for path in self), default=0)
+        rows = [f"{path:{width}}  {k.kind}{' (head)' if k.head else ''} {_describe(k)}" for path, k in self.entries]
+        return "\n".join([*rows, *(f"{path:{width}}  -  {why}" for path, why in self.unknown)])
+
+
+def _describe(kernel: Kernel) -> str:
+    parts = (("contracted", kernel.contracted), ("output", kernel.output), ("batch", kernel.batch))
+    return f"{kernel.shape} " + " ".join(f"{name}={axes}" for name, axes in parts if axes)

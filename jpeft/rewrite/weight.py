@@ -1,0 +1,95 @@
+"""A weight on its way through a program, with what adapts it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jpeft.kernel import Kernel
+from jpeft.method import Leaves
+from jpeft.methods import METHODS
+from jpeft.view import Atom, View, covers
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Branch:
+    """One adapter at one weight: leaves as matrices, each with the weight's batch axes in front."""
+
+    leaves: Leaves
+    dropout_key: Array | None
+    method: str = field(metadata={"static": True})
+    dropout: float = field(metadata={"static": True})
+    use: str | None = field(metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Weight:
+    """A base weight, seen through `view`, and its branches. Without branches it is only watched.
+
+    `batch` are the batch axes not yet consumed by a scan or a slice; every leaf of a branch leads with them.
+    """
+
+    value: Array
+    branches: tuple[Branch, ...]
+    path: str = field(metadata={"static": True})
+    kernel: Kernel = field(metadata={"static": True})
+    view: View = field(metadata={"static": True})
+    batch: tuple[int, ...] = field(metadata={"static": True})
+
+    is_adapted_weight = True
+
+    def moved(self, value: Array, view: View) -> Weight:
+        return replace(self, value=value, view=view)
+
+    def with_branches(self, branches: Any, batch: tuple[int, ...]) -> Weight:
+        return replace(self, branches=branches, batch=batch)
+
+    def role(self, axes: tuple[int, ...]) -> list[Atom]:
+        return [atom for atom in self.view.all_atoms if atom.axis in axes]
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the view still holds all of the weight that its branches are for."""
+        axes = (*self.batch, *self.kernel.contracted, *self.kernel.output)
+        return covers(self.view.all_atoms, axes, self.kernel.shape)
+
+    @property
+    def matrix_order(self) -> list[Atom]:
+        """The atoms as matrices have them: batch, contracted, output."""
+        groups = (self.role(self.batch), self.role(self.kernel.contracted), self.role(self.kernel.output))
+        return [atom for group in groups for atom in sorted(group, key=lambda atom: atom.place)]
+
+    def to_matrix(self, value: Array) -> Array:
+        """An array in this view as matrices (*batch, in, out)."""
+        atoms = self.view.all_atoms
+        split = value.reshape(tuple(atom.size for atom in atoms))
+        ordered = split.transpose(tuple(atoms.index(atom) for atom in self.matrix_order))
+        lead = tuple(self.kernel.shape[axis] for axis in self.batch)
+        return ordered.reshape(*lead, self.kernel.fan_in, self.kernel.fan_out)
+
+    def from_matrix(self, matrix: Array) -> Array:
+        """The inverse of `to_matrix`."""
+        order = self.matrix_order
+        split = matrix.reshape(tuple(atom.size for atom in order))
+        return split.transpose(tuple(order.index(atom) for atom in self.view.all_atoms)).reshape(self.value.shape)
+
+    def dense(self) -> Array:
+        """The adapted weight itself, formed: always right, and what the fast path is there to avoid."""
+        if not self.branches:
+            return self.value
+        wide = jnp.promote_types(self.value.dtype, jnp.float32)
+        matrix = self.to_matrix(self.value).astype(wide)
+        for branch in self.branches:
+            leaves = {name: leaf.astype(wide) for name, leaf in branch.leaves.items()}
+            matrix = METHODS[branch.method].transform(matrix, leaves)
+        return self.from_matrix(matrix).astype(self.value.dtype)
+
+
+def is_weight(x: Any) -> bool:
+    return isinstance(x, Weight)

@@ -1,0 +1,110 @@
+"""Params as a flat mapping of paths to leaves, and back into whatever kind of tree they came as.
+
+A path is the keys joined by `/`, integers as decimals: `model/layers/0/self_attn/q_proj/kernel`. Boxes that hold one
+array (`nnx.Variable`, Linen's `Partitioned`) are opened: they are no part of the path, and are kept when leaves change.
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+from flax.core.meta import AxisMetadata
+from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
+
+from jpeft.errors import SpecError
+
+
+def nnx_type(name: str) -> type | tuple[()]:
+    """`flax.nnx.<name>` if someone has imported nnx; else an empty tuple, of which nothing is an instance."""
+    nnx = sys.modules.get("flax.nnx")
+    return getattr(nnx, name) if nnx else ()
+
+
+def is_box(x: Any) -> bool:
+    return isinstance(x, AxisMetadata) or isinstance(x, nnx_type("Variable"))
+
+
+def _key_name(key: Any) -> str:
+    match key:
+        case DictKey() | FlattenedIndexKey():
+            return str(key.key)
+        case SequenceKey():
+            return str(key.idx)
+        case GetAttrKey():
+            return key.name
+        case _:
+            return str(key)
+
+
+def _leaves(params: Any) -> tuple[list[tuple[str, Any]], Any]:
+    pairs, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=lambda x: is_box(x) or is_weight(x))
+    return [("/".join(map(_key_name, path)), leaf) for path, leaf in pairs], treedef
+
+
+def is_weight(x: Any) -> bool:
+    """Whether `x` is an adapted weight: a leaf here, though it holds several arrays."""
+    return getattr(type(x), "is_adapted_weight", False)
+
+
+def _open(leaf: Any) -> Any:
+    if not is_box(leaf):
+        return leaf
+    inner = jax.tree.leaves(leaf, is_leaf=is_weight)
+    return inner[0] if len(inner) == 1 else leaf
+
+
+def flatten(params: Any) -> dict[str, Any]:
+    """The leaves of `params` by path, boxes opened.
+
+    Raises:
+      SpecError: two leaves have the same path (a key `0` beside a key `"0"`).
+
+    Example:
+      >>> flatten({"layers": [{"kernel": 1.0}]})
+      {'layers/0/kernel': 1.0}
+    """
+    flat: dict[str, Any] = {}
+    for path, leaf in _leaves(params)[0]:
+        if path in flat:
+            raise SpecError(f"two leaves of the params have the path {path!r}; rename one of them")
+        flat[path] = _open(leaf)
+    return flat
+
+
+def replace(params: Any, new: Mapping[str, Any]) -> Any:
+    """`params` with the leaves named in `new` exchanged; the same kind of tree."""
+    pairs, treedef = _leaves(params)
+    leaves = [_refill(leaf, new[path]) if path in new else leaf for path, leaf in pairs]
+    return jax.tree_util.tree_unflatten(treedef, leaves)
+
+
+def _refill(leaf: Any, value: Any) -> Any:
+    if not is_box(leaf):
+        return value
+    return jax.tree.unflatten(jax.tree.structure(leaf, is_leaf=is_weight), [value])
+
+
+def map_leaves(function: Callable[[str, Any], Any], params: Any) -> Any:
+    """`function(path, leaf)` on every leaf; the same kind of tree."""
+    return replace(params, {path: function(path, leaf) for path, leaf in flatten(params).items()})
+
+
+def module_of(path: str) -> str:
+    """The path without its leaf: what a target names."""
+    return path.rpartition("/")[0]
+
+
+def dotted(path: str) -> str:
+    return path.replace("/", ".")
+
+
+def nearest(name: str, known: Iterable[str], n: int = 3) -> str:
+    """The known names closest to `name`, for an error message."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=n, cutoff=0.3) or known[:n]
+    rest = len(known) - len(close)
+    return ", ".join(map(repr, close)) + (f" (and {rest} more)" if rest > 0 else "") if known else "(there are none)"
