@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jpeft_interop.models.cache import Cache
+from jpeft_interop.models.cache import Cache, next_slots
 from jpeft_interop.models.errors import ModelError
 
 
@@ -27,13 +27,18 @@ def attend(query: Array, key: Array, value: Array, mask: Array | None, scale: fl
       `(batch, time, heads * head_dim)`, in the query's dtype.
     """
     batch, time, heads, head_dim = query.shape
-    kv_heads = key.shape[2]
-    grouped = query.reshape(batch, time, kv_heads, heads // kv_heads, head_dim)
-    scores = jnp.einsum("btkgd,bskd->bkgts", grouped, key, preferred_element_type=jnp.float32) * scale
+    kv_heads, slots = key.shape[2], key.shape[1]
+    group = heads // kv_heads
+    # The queries that share a key-value head are rows of one product: the keys aren't repeated, and each product is large.
+    rows = query.reshape(batch, time, kv_heads, group, head_dim).transpose(0, 2, 3, 1, 4)
+    rows = rows.reshape(batch, kv_heads, group * time, head_dim)
+    scores = jnp.einsum("bkrd,bksd->bkrs", rows, key.transpose(0, 2, 1, 3), preferred_element_type=jnp.float32)
+    scores = scores.reshape(batch, kv_heads, group, time, slots) * scale
     if mask is not None:
         scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(query.dtype)
-    return jnp.einsum("bkgts,bskd->btkgd", weights, value).reshape(batch, time, heads * head_dim)
+    weights = jax.nn.softmax(scores, axis=-1).astype(query.dtype).reshape(batch, kv_heads, group * time, slots)
+    mixed = jnp.einsum("bkrs,bksd->bkrd", weights, value.transpose(0, 2, 1, 3))
+    return mixed.reshape(batch, heads, time, head_dim).transpose(0, 2, 1, 3).reshape(batch, time, heads * head_dim)
 
 
 def causal_mask(
@@ -55,7 +60,7 @@ def causal_mask(
     """
     filled = cache is not None and not cache.empty
     slots = cache.max_length if cache is not None and filled else time
-    query = (cache.start if cache is not None else 0) + jnp.arange(time)[:, None]
+    query = next_slots(cache, time)[0, :, None]
     slot = jnp.arange(slots)[None, :]
     allowed = (slot <= query)[None]
     if window is not None:

@@ -62,6 +62,11 @@ def init_cache(max_length: int, dtype: DTypeLike | None = None) -> Cache:
     return Cache(max_length=max_length, dtype=None if dtype is None else jnp.dtype(dtype).name)
 
 
+def next_slots(cache: Cache | None, time: int) -> Array:
+    """The slots that the next `time` tokens take, `(1, time)`: their positions, unless the caller knows better."""
+    return ((0 if cache is None else cache.start) + jnp.arange(time))[None]
+
+
 def remember(cache: Cache | None, layer: int, new: KeyValue) -> tuple[KeyValue, KeyValue | None]:
     """The keys and values a layer attends to, and those to keep, given its `new` ones `(batch, time, kv_heads, head_dim)`."""
     if cache is None:

@@ -9,7 +9,9 @@ from typing import Any
 from flax import nnx
 from jax.typing import DTypeLike
 
+from jpeft_interop.models.bert import BertForMaskedLM, BertForSequenceClassification, BertModel, read_bert
 from jpeft_interop.models.errors import ModelError
+from jpeft_interop.models.gpt2 import GPT2ForSequenceClassification, GPT2LMHeadModel, GPT2Model, read_gpt2
 from jpeft_interop.models.llama import LlamaForCausalLM, LlamaForSequenceClassification, LlamaModel
 from jpeft_interop.models.llama_config import read_llama
 
@@ -69,6 +71,36 @@ FAMILIES: tuple[Family, ...] = (
     _llama_like("llama", "Llama"),
     _llama_like("mistral", "Mistral"),
     _llama_like("qwen2", "Qwen2"),
+    Family(
+        model_type="bert",
+        architectures=(
+            ("BertModel", BertModel),
+            ("BertForSequenceClassification", BertForSequenceClassification),
+            ("BertForMaskedLM", BertForMaskedLM),
+        ),
+        read=read_bert,
+        prefix="bert",
+        heads=("cls", "classifier"),
+        tied=(
+            ("bert/embeddings/word_embeddings/embedding", "cls/predictions/decoder/kernel"),
+            ("cls/predictions/bias", "cls/predictions/decoder/bias"),
+        ),
+        buffers=("embeddings.position_ids", "embeddings.token_type_ids"),
+    ),
+    Family(
+        model_type="gpt2",
+        architectures=(
+            ("GPT2LMHeadModel", GPT2LMHeadModel),
+            ("GPT2Model", GPT2Model),
+            ("GPT2ForSequenceClassification", GPT2ForSequenceClassification),
+        ),
+        read=read_gpt2,
+        prefix="transformer",
+        heads=("lm_head", "score"),
+        conv1d=("c_attn", "c_proj", "c_fc"),
+        tied=(("transformer/wte/embedding", "lm_head/kernel"),),
+        buffers=("attn.bias", "attn.masked_bias"),
+    ),
 )
 
 

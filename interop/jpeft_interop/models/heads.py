@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
 from jpeft_interop.models.errors import ModelError
+from jpeft_interop.models.output import Output
 
 
 def embed(table: nnx.Embed, input_ids: Array | None, inputs_embeds: Array | None) -> Array:
@@ -24,13 +27,36 @@ def embed(table: nnx.Embed, input_ids: Array | None, inputs_embeds: Array | None
     return given if inputs_embeds is not None else table(given)
 
 
-def pick(hidden: Array, logits_to_keep: Array | int | None) -> Array:
-    """The tokens to compute logits of, of `(batch, time, hidden)`.
+def with_logits(output: Output, head: nnx.Linear | None, words: nnx.Embed, logits_to_keep: Array | int | None) -> Output:
+    """`output` with the logits of a language model: by `head`, or by the word embeddings transposed where it is None.
 
     Args:
-      hidden: the last hidden state.
-      logits_to_keep: an int keeps that many at the end (0, as None, keeps all), an array of indices keeps those.
+      output: what the stack gave.
+      head: the kernel of an untied model.
+      words: the word embeddings.
+      logits_to_keep: which tokens get logits. An int is that many at the end (0, as None, is all), an array of indices is those.
     """
+    hidden = _pick(_last(output), logits_to_keep)
+    return replace(output, logits=words.attend(hidden) if head is None else head(hidden))
+
+
+def with_class(output: Output, score: nnx.Linear, input_ids: Array | None, pad_token_id: int | None) -> Output:
+    """`output` with a decoder's class logits `(batch, labels)`, read off the last token that is not `pad_token_id`.
+
+    As in transformers, that is the last token of all where there are no ids to look at, and the mask is not asked.
+
+    Raises:
+      ModelError: several sequences and no padding token to find their ends by.
+    """
+    return replace(output, logits=score(_last_token(_last(output), input_ids, pad_token_id)))
+
+
+def _last(output: Output) -> Array:
+    assert output.last_hidden_state is not None
+    return output.last_hidden_state
+
+
+def _pick(hidden: Array, logits_to_keep: Array | int | None) -> Array:
     if logits_to_keep is None:
         return hidden
     if isinstance(logits_to_keep, int):
@@ -43,14 +69,7 @@ def pick(hidden: Array, logits_to_keep: Array | int | None) -> Array:
     return hidden[:, logits_to_keep]
 
 
-def last_token(hidden: Array, input_ids: Array | None, pad_token_id: int | None) -> Array:
-    """The state a decoder's classifier reads, `(batch, hidden)`: of the last token that is not `pad_token_id`.
-
-    As in transformers, the last token of all where there are no ids to look at, and the mask is not asked.
-
-    Raises:
-      ModelError: several sequences and no padding token to find their ends by.
-    """
+def _last_token(hidden: Array, input_ids: Array | None, pad_token_id: int | None) -> Array:
     if pad_token_id is None and hidden.shape[0] != 1:
         raise ModelError(f"a batch of {hidden.shape[0]} needs the config's pad_token_id, which is null")
     if input_ids is None or pad_token_id is None:

@@ -6,18 +6,15 @@ prompt wants its own `position_ids`, as `generate` gives it), and the first hidd
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
 from jpeft_interop.models.activations import activation
 from jpeft_interop.models.attention import attend, causal_mask
-from jpeft_interop.models.cache import Cache, KeyValue, advance, remember
-from jpeft_interop.models.heads import embed, last_token, pick
+from jpeft_interop.models.cache import Cache, KeyValue, advance, next_slots, remember
+from jpeft_interop.models.heads import embed, with_class, with_logits
+from jpeft_interop.models.layers import linear, table
 from jpeft_interop.models.llama_config import LlamaConfig
 from jpeft_interop.models.norms import RMSNorm
 from jpeft_interop.models.output import Output
@@ -27,8 +24,7 @@ Tables = tuple[Array, Array]
 
 
 def _linear(config: LlamaConfig, sizes: tuple[int, int], bias: bool, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Linear:
-    init = jax.nn.initializers.normal(config.initializer_range)
-    return nnx.Linear(*sizes, use_bias=bias, param_dtype=dtype, kernel_init=init, rngs=rngs)
+    return linear(sizes, config.initializer_range, dtype, rngs, bias)
 
 
 class Attention(nnx.Module):
@@ -97,10 +93,7 @@ class LlamaModel(nnx.Module):
 
     def __init__(self, config: LlamaConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         """Random weights of `dtype`, from the config's sizes."""
-        init = jax.nn.initializers.normal(config.initializer_range)
-        self.embed_tokens = nnx.Embed(
-            config.vocab_size, config.hidden_size, param_dtype=dtype, embedding_init=init, rngs=rngs
-        )
+        self.embed_tokens = table((config.vocab_size, config.hidden_size), config.initializer_range, dtype, rngs)
         self.layers = nnx.List([Layer(config, dtype, rngs) for _ in range(config.num_hidden_layers)])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
         self.config = config
@@ -121,7 +114,7 @@ class LlamaModel(nnx.Module):
         windows = dict.fromkeys(self.config.windows)
         masks = {window: causal_mask(attention_mask, position_ids, time, cache, window) for window in windows}
         if position_ids is None:
-            position_ids = ((0 if cache is None else cache.start) + jnp.arange(time))[None]
+            position_ids = next_slots(cache, time)
         tables = rope_tables(self.config.rope, position_ids, x.dtype)
         states, stored = [x], []
         for number, (layer, window) in enumerate(zip(self.layers, self.config.windows, strict=True)):
@@ -153,11 +146,9 @@ class LlamaForCausalLM(nnx.Module):
         logits_to_keep: Array | int | None = None,
         **options,
     ) -> Output:
-        """See `jpeft_interop.models.pure`; `logits_to_keep` as `heads.pick` has it."""
+        """See `jpeft_interop.models.pure`; `logits_to_keep` as `heads.with_logits` has it."""
         output = self.model(input_ids, attention_mask, **options)
-        hidden = pick(output.last_hidden_state, logits_to_keep)
-        logits = self.model.embed_tokens.attend(hidden) if self.lm_head is None else self.lm_head(hidden)
-        return replace(output, logits=logits)
+        return with_logits(output, self.lm_head, self.model.embed_tokens, logits_to_keep)
 
 
 class LlamaForSequenceClassification(nnx.Module):
@@ -171,5 +162,4 @@ class LlamaForSequenceClassification(nnx.Module):
 
     def __call__(self, input_ids: Array | None = None, attention_mask: Array | None = None, **options) -> Output:
         """See `jpeft_interop.models.pure`."""
-        output = self.model(input_ids, attention_mask, **options)
-        return replace(output, logits=self.score(last_token(output.last_hidden_state, input_ids, self.pad_token_id)))
+        return with_class(self.model(input_ids, attention_mask, **options), self.score, input_ids, self.pad_token_id)
