@@ -125,7 +125,7 @@ def refuse_peft(module: torch.nn.Module) -> None:
     for name, child in module.named_modules():
         if any(cls.__module__.partition(".")[0] == "peft" for cls in type(child).__mro__):
             raise WeightsError(
-                f"{name or 'the module'!r} is PEFT's {type(child).__name__}: an adapter is no params. For the base, give "
+                f"{name or 'the module'!r} is PEFT's {type(child).__name__}: an adapter is no params. The base is "
                 "model.unload(), or model.merge_and_unload() to fold the adapter in; for the adapter, "
                 "model.save_pretrained(folder) and jpeft_interop.load_peft(folder, params)"
             )

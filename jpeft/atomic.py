@@ -1,0 +1,207 @@
+"""Files and folders that appear whole or not at all.
+
+`fill` writes into a hidden folder beside the target; only when all is written and synced to the disk is it
+renamed into place. Guaranteed, on a local POSIX file system:
+
+- when `fill` raises, or the process dies in it, the target is as it was;
+- the target never holds some old and some new content;
+- after a return, new content survives a power cut;
+- nothing is lost that the new content does not replace: a folder with other things in it is refused.
+
+Not guaranteed: replacing a folder takes two renames (POSIX has no exchange), and in the instant between them the target
+is absent. A process that dies just there leaves the old folder under a hidden name, and the next write to the same
+target puts it back first, and removes what dead processes left. Of two writers at once, the later one wins, whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import secrets
+import shutil
+import stat
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from jpeft.errors import JpeftError
+
+try:
+    import fcntl
+except ImportError:  # no POSIX: then what dead processes left stays
+    fcntl = None
+
+NEW, OLD = ".jpeft-new", ".jpeft-old"
+
+
+def write_folder(
+    path: str | os.PathLike, fill: Callable[[Path], None], replaceable: Callable[[str], bool] = lambda name: False
+) -> None:
+    """Write a folder whole, in place of the one that is there.
+
+    Args:
+      path: the folder; missing parents are made, and a symbolic link is followed.
+      fill: is given an empty folder to write into. What it raises passes through, and leaves everything as it was.
+      replaceable: whether an entry of the old folder may go though the new one has none of that name (a weight shard,
+        say). Any other such entry is a reason to refuse.
+
+    Raises:
+      JpeftError: there is something that is no folder, or a folder that holds other things too.
+
+    Example:
+      >>> import tempfile
+      >>> folder = Path(tempfile.mkdtemp()) / "adapter"
+      >>> write_folder(folder, lambda new: (new / "a.txt").write_text("1") and None)
+      >>> [entry.name for entry in folder.iterdir()]
+      ['a.txt']
+    """
+    target = Path(os.path.realpath(path))
+    if not stat.S_ISDIR(_mode(target, stat.S_IFDIR)):
+        raise JpeftError(f"{path} is not a folder; choose another place, or remove it")
+    with _room_beside(target) as room:
+        fresh = room / target.name
+        fresh.mkdir()
+        fill(fresh)
+        _sync_all(fresh)
+        with _lock(target.parent):
+            _refuse_loss(target, fresh, replaceable)
+            _swap_in(fresh, target)
+
+
+def write_file(path: str | os.PathLike, fill: Callable[[Path], None]) -> None:
+    """Write a file whole, in place of the one that is there.
+
+    Args:
+      path: the file; missing parents are made, and a symbolic link is followed.
+      fill: is given a path of the same name to write at. What it raises passes through, and leaves all as it was.
+
+    Raises:
+      JpeftError: there is something that is no ordinary file.
+    """
+    target = Path(os.path.realpath(path))
+    if not stat.S_ISREG(_mode(target, stat.S_IFREG)):
+        raise JpeftError(f"{path} is not an ordinary file; choose another place, or remove it")
+    with _room_beside(target) as room:
+        fresh = room / target.name
+        fill(fresh)
+        if target.exists():
+            shutil.copymode(target, fresh)
+        _sync(fresh)
+        os.replace(fresh, target)
+
+
+def _mode(target: Path, absent: int) -> int:
+    try:
+        return target.stat().st_mode
+    except FileNotFoundError:
+        return absent
+
+
+@contextlib.contextmanager
+def _room_beside(target: Path) -> Iterator[Path]:
+    """A hidden folder on the target's file system, locked while this process lives, and removed at the end."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    room = _hidden(target, NEW)
+    with _lock(target.parent):
+        _recover(target)
+        room.mkdir()
+        alive = os.open(room, os.O_RDONLY)
+        _try_lock(alive, wait=False)
+    try:
+        yield room
+        _sync(target.parent)
+    finally:
+        with _lock(target.parent):
+            shutil.rmtree(room, ignore_errors=True)
+        os.close(alive)
+
+
+@contextlib.contextmanager
+def _lock(folder: Path, wait: bool = True) -> Iterator[bool]:
+    """Hold the lock of a folder, which ends with the process at the latest. Yields whether it is held."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        yield _try_lock(descriptor, wait)
+    finally:
+        os.close(descriptor)
+
+
+def _try_lock(descriptor: int, wait: bool) -> bool:
+    if fcntl is None:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:  # taken, or a file system without locks
+        return False
+    return True
+
+
+def _hidden(target: Path, suffix: str) -> Path:
+    return target.with_name(f".{target.name}.{secrets.token_hex(4)}{suffix}")
+
+
+def _leftovers(target: Path, suffix: str) -> list[Path]:
+    """What earlier writes to `target` left beside it, the latest last."""
+    ours = re.compile(re.escape(f".{target.name}.") + "[0-9a-f]{8}" + re.escape(suffix))
+    found = [Path(entry) for entry in os.scandir(target.parent) if ours.fullmatch(entry.name)]
+    return sorted(found, key=lambda path: path.stat().st_ctime_ns)
+
+
+def _recover(target: Path) -> None:
+    """Put back what a process moved away and did not replace, and remove what dead processes left."""
+    olds = _leftovers(target, OLD)
+    if olds and not target.exists():
+        os.rename(olds.pop(), target)
+    for old in olds:
+        shutil.rmtree(old, ignore_errors=True)
+    for room in _leftovers(target, NEW):
+        with _lock(room, wait=False) as dead:
+            if dead:
+                shutil.rmtree(room, ignore_errors=True)
+
+
+def _refuse_loss(target: Path, fresh: Path, replaceable: Callable[[str], bool]) -> None:
+    if not target.exists():
+        return
+    new = {entry.name for entry in os.scandir(fresh) if entry.is_file()}
+    old = sorted(os.scandir(target), key=lambda entry: entry.name)
+    goes = [entry.name for entry in old if entry.is_dir(follow_symlinks=False) or entry.name not in new]
+    if lost := [name for name in goes if not replaceable(name)]:
+        raise JpeftError(
+            f"{target} holds things that would be lost: {', '.join(lost[:5])}{', …' if len(lost) > 5 else ''}; the "
+            "folder is replaced whole, so choose another one, or move these away"
+        )
+
+
+def _swap_in(fresh: Path, target: Path) -> None:
+    if not target.exists():
+        os.rename(fresh, target)
+        return
+    away = _hidden(target, OLD)
+    shutil.copymode(target, fresh)
+    os.rename(target, away)
+    try:
+        os.rename(fresh, target)
+    except OSError:
+        os.rename(away, target)
+        raise
+    shutil.rmtree(away, ignore_errors=True)
+
+
+def _sync_all(folder: Path) -> None:
+    for root, _, files in os.walk(folder):
+        for name in files:
+            _sync(Path(root) / name)
+        _sync(Path(root))
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some file systems can't sync a folder
+            raise
+    finally:
+        os.close(descriptor)

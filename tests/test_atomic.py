@@ -1,0 +1,153 @@
+import multiprocessing
+import os
+import signal
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from jpeft.atomic import write_file, write_folder
+from jpeft.errors import JpeftError
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_text() for path in Path(folder).rglob("*") if path.is_file()}
+
+
+def filler(**files):
+    def fill(folder):
+        for name, text in files.items():
+            (folder / name).write_text(text)
+
+    return fill
+
+
+def test_a_new_folder_and_its_parents(tmp_path):
+    write_folder(tmp_path / "a" / "b", filler(x="1"))
+    assert contents(tmp_path) == {"a/b/x": "1"}
+
+
+def test_a_folder_is_replaced_whole(tmp_path):
+    target = tmp_path / "out"
+    write_folder(target, filler(x="1", shard="s"))
+    write_folder(target, filler(x="2", y="3"), replaceable=lambda name: name == "shard")
+    assert contents(tmp_path) == {"out/x": "2", "out/y": "3"}
+
+
+def test_an_empty_folder_is_filled(tmp_path):
+    target = tmp_path / "out"
+    target.mkdir()
+    write_folder(target, filler(x="1"))
+    assert contents(tmp_path) == {"out/x": "1"}
+
+
+@pytest.mark.parametrize("foreign", ["notes.txt", "sub/notes.txt"])
+def test_what_would_be_lost_is_a_refusal(tmp_path, foreign):
+    target = tmp_path / "out"
+    write_folder(target, filler(x="1"))
+    (target / foreign).parent.mkdir(exist_ok=True)
+    (target / foreign).write_text("mine")
+    with pytest.raises(JpeftError, match=foreign.split("/")[0]):
+        write_folder(target, filler(x="2"))
+    assert contents(tmp_path) == {"out/x": "1", f"out/{foreign}": "mine"}
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_failing_fill_changes_nothing(tmp_path, error):
+    def fail(place):
+        (place / "x" if place.is_dir() else place).write_text("half")
+        raise error
+
+    write_folder(tmp_path / "out", filler(x="1"))
+    write_file(tmp_path / "file", lambda path: path.write_text("old") and None)
+    for write, name in ((write_folder, "out"), (write_file, "file"), (write_folder, "new"), (write_file, "newfile")):
+        with pytest.raises(error):
+            write(tmp_path / name, fail)
+    assert contents(tmp_path) == {"out/x": "1", "file": "old"}
+    assert sorted(os.listdir(tmp_path)) == ["file", "out"]
+
+
+def test_files_keep_name_mode_and_links(tmp_path):
+    target, link = tmp_path / "a.safetensors", tmp_path / "link"
+    target.write_text("old")
+    target.chmod(0o640)
+    link.symlink_to(target)
+    seen = []
+    write_file(link, lambda path: seen.append(path.name) or path.write_text("new") and None)
+    assert seen == ["a.safetensors"] and link.is_symlink()
+    assert target.read_text() == "new" and target.stat().st_mode & 0o777 == 0o640
+
+
+def test_new_things_have_the_usual_permissions(tmp_path):
+    (tmp_path / "plain").mkdir()
+    write_folder(tmp_path / "out", filler(x="1"))
+    assert (tmp_path / "out").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_what_is_no_file_or_folder_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "file").write_text("1")
+    (tmp_path / "folder").mkdir()
+    for write, name in (
+        (write_file, "fifo"),
+        (write_file, "folder"),
+        (write_folder, "fifo"),
+        (write_folder, "file"),
+    ):
+        with pytest.raises(JpeftError, match=name):
+            write(tmp_path / name, lambda path: None)
+    assert sorted(os.listdir(tmp_path)) == ["fifo", "file", "folder"]
+
+
+def die_in(stage, target):
+    """Kill this process while it fills, or between its two renames."""
+    rename = os.rename
+
+    def rename_and_die(source, destination):
+        rename(source, destination)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if stage == "swap":
+        os.rename = rename_and_die
+        write_folder(target, filler(x="2"))
+    else:
+        write_folder(target, lambda folder: os.kill(os.getpid(), signal.SIGKILL))
+
+
+@pytest.mark.parametrize("stage", ["fill", "swap"])
+def test_a_killed_process_loses_nothing(tmp_path, stage):
+    target = tmp_path / "out"
+    write_folder(target, filler(x="1"))
+    process = multiprocessing.get_context("spawn").Process(target=die_in, args=(stage, target))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert target.exists() == (stage == "fill") and len(os.listdir(tmp_path)) == 2
+    with pytest.raises(RuntimeError):  # a next write puts the old one back, whatever becomes of itself
+        write_folder(target, lambda folder: (_ for _ in ()).throw(RuntimeError))
+    assert contents(tmp_path) == {"out/x": "1"}
+    write_folder(target, filler(x="3"))
+    assert contents(tmp_path) == {"out/x": "3"} and os.listdir(tmp_path) == ["out"]
+
+
+def test_a_living_writer_is_left_alone(tmp_path):
+    target = tmp_path / "out"
+
+    def fill(folder):
+        (folder / "x").write_text("outer")
+        write_folder(target, filler(x="inner"))
+
+    write_folder(target, fill)
+    assert contents(tmp_path) == {"out/x": "outer"} and os.listdir(tmp_path) == ["out"]
+
+
+def write_often(target, text):
+    for _ in range(40):
+        write_folder(target, filler(**{name: text for name in "abc"}))
+
+
+def test_writers_at_once_leave_one_whole_folder(tmp_path):
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(write_often, [tmp_path / "out"] * 3, "123"))
+    assert contents(tmp_path) and len(set(contents(tmp_path).values())) == 1
+    assert os.listdir(tmp_path) == ["out"] and sorted(os.listdir(tmp_path / "out")) == ["a", "b", "c"]
