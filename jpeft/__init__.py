@@ -21,6 +21,8 @@ from jpeft.kernel import Kernel as Kernel
 from jpeft.kernel import Kernels as Kernels
 from jpeft.lift import lift as lift
 from jpeft.methods.lora import LoRA as LoRA
+from jpeft.save import load as load
+from jpeft.save import save as save
 
 try:
     __version__ = version("jpeft")

@@ -84,7 +84,7 @@ def resolve(where: Targets, kernels: Kernels) -> list[str]:
     else:
         _check_names(where, kernels)
         matched = [path for path in kernels if names_module(where.targets, module_of(path))]
-    kept = [path for path in matched if _is_kept(where, path, kernels[path])]
+    kept = [path for path in matched if is_kept(where, path, kernels[path])]
     if matched and not kept:
         raise SpecError(
             f"targets {where.targets!r} match {len(matched)} weights, but exclude={where.exclude!r}, layers_to_transform="
@@ -97,7 +97,8 @@ def resolve(where: Targets, kernels: Kernels) -> list[str]:
     return kept
 
 
-def _is_kept(where: Targets, path: str, kernel: Kernel) -> bool:
+def is_kept(where: Targets, path: str, kernel: Kernel) -> bool:
+    """Whether a matched weight survives `exclude`, the saved modules and the layer numbers."""
     module = module_of(path)
     if names_module(where.exclude, module) or saves_module(where.saved, module):
         return False

@@ -7,3 +7,5 @@ METHODS: dict[str, Method] = {
     "lora": lora.METHOD,
     "replacement": replacement.METHOD,
 }
+
+SPECS = {"lora": lora.LoRA}

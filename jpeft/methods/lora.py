@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import jax
@@ -28,7 +28,7 @@ Bias = Literal["none", "all", "lora_only"]
 Init = Literal["kaiming", "gaussian"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LoRA:
     """The LoRA spec: hyperparameters and targets. Frozen, hashable, serialisable.
 
@@ -87,6 +87,11 @@ class LoRA:
         freeze("rank_pattern", frozen_mapping(self.rank_pattern))
         freeze("alpha_pattern", frozen_mapping(self.alpha_pattern))
         _check(self)
+
+    def __repr__(self) -> str:
+        shown = ("rank", "alpha", "targets")
+        kept = [f for f in fields(self) if f.name in shown or getattr(self, f.name) != f.default]
+        return f"LoRA({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in kept)})"
 
     @property
     def where(self) -> Targets:
