@@ -101,8 +101,17 @@ def invert(layout: Layout) -> dict[str, Entry]:
 
 def tied_heads(layout: Layout) -> dict[str, str]:
     """The torch module of the head that shares a leaf, by the leaf's path: where the head has no leaf of its own."""
-    keys = {place.key for place in layout.values()}
-    return {first: head for first, head in TIED if first in layout and f"{head}.weight" not in keys}
+    return {first: head for first, head in TIED if first in layout and _is_tied(first, head, layout)}
+
+
+def _is_tied(first: str, head: str, layout: Layout) -> bool:
+    """Whether the model has that head: other leaves of it are there, or the base model's are all that there is."""
+    if any(place.key == f"{head}.weight" for place in layout.values()):
+        return False
+    beside = head.rpartition(".")[0].replace(".", "/")
+    if beside:
+        return any(path.startswith(f"{beside}/") for path in layout)
+    return all(path.startswith(first.partition("/")[0] + "/") for path in layout)
 
 
 def _tied(layout: Layout) -> dict[str, Entry]:

@@ -1,0 +1,85 @@
+"""Params with other names and shapes, and a layout that says where each leaf lies in torch."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from peft_twins import adapted, base, llama, save
+from safetensors.numpy import load_file
+
+import jpeft
+from jpeft_interop import Place, load_peft, params_from_torch, save_peft
+
+HEADS, HEAD, LAYERS = 4, 8, 2
+
+
+def stacked_attention():
+    """q as (layers, d, heads, head_dim) and o as (heads, layers, head_dim, d), and what einsum does with them."""
+    q = jax.random.normal(jax.random.key(0), (LAYERS, 32, HEADS, HEAD))
+    o = jax.random.normal(jax.random.key(1), (HEADS, LAYERS, HEAD, 32))
+
+    def forward(params, x):
+        for layer in range(LAYERS):
+            y = jnp.einsum("td,dhk->thk", x, params["q"]["w"][layer])
+            x = x + jnp.einsum("thk,hkd->td", y, params["o"]["w"][:, layer])
+        return x
+
+    return forward, {"q": {"w": q}, "o": {"w": o}}
+
+
+@pytest.fixture
+def layout():
+    forward, params = stacked_attention()
+    kernels = jpeft.kernels(forward, params, jnp.ones((3, 32)))
+    name = "model.layers.{}.self_attn."
+    return {
+        "q/w": Place(name + "q_proj.weight", kernels["q/w"]),
+        "o/w": Place(name + "o_proj.weight", kernels["o/w"]),
+    }
+
+
+def test_stacked_einsum_kernels_load_what_peft_wrote(tmp_path, layout):
+    module = base(llama)
+    flat = params_from_torch(module)
+    peft_model = adapted(module, r=3, target_modules=["q_proj", "o_proj"], use_rslora=True)
+    adapter = load_peft(save(peft_model, tmp_path / "theirs"), flat)
+    expected = jpeft.merge(flat, adapter)["model"]["layers"]
+    layers = [flat["model"]["layers"][str(i)]["self_attn"] for i in range(LAYERS)]
+    params = {
+        "q": {"w": jnp.stack([np.reshape(layer["q_proj"]["kernel"], (32, HEADS, HEAD)) for layer in layers])},
+        "o": {"w": jnp.stack([np.reshape(layer["o_proj"]["kernel"], (HEADS, HEAD, 32)) for layer in layers], 1)},
+    }
+    merged = jpeft.merge(params, load_peft(tmp_path / "theirs", params, layout=layout))
+    for i in range(LAYERS):
+        attention = expected[str(i)]["self_attn"]
+        q, o = merged["q"]["w"][i].reshape(32, 32), merged["o"]["w"][:, i].reshape(32, 32)
+        np.testing.assert_allclose(q, attention["q_proj"]["kernel"], atol=1e-6)
+        np.testing.assert_allclose(o, attention["o_proj"]["kernel"], atol=1e-6)
+
+
+def test_what_is_saved_with_a_layout_loads_with_it(tmp_path, layout):
+    forward, params = stacked_attention()
+    kernels = jpeft.kernels(forward, params, jnp.ones((3, 32)))
+    adapter = jpeft.init(jax.random.key(3), jpeft.LoRA(rank=2, alpha=3), params, kernels=kernels)
+    noisy = jax.tree.map(lambda leaf: leaf + 0.1, adapter.trained)
+    adapter = adapter.replace(trained=noisy)
+    save_peft(tmp_path / "a", adapter, params=params, layout=layout)
+    keys = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    assert keys["base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"].shape == (2, 32)
+    assert len(keys) == 2 * 2 * LAYERS
+    again = load_peft(tmp_path / "a", params, layout=layout)
+    for path, leaves in adapter.trained.items():
+        for name, leaf in leaves.items():
+            assert np.array_equal(again.trained[path][name], leaf), (path, name)
+
+
+def test_some_layers_of_a_stack(tmp_path, layout):
+    forward, params = stacked_attention()
+    kernels = jpeft.kernels(forward, params, jnp.ones((3, 32)))
+    spec = jpeft.LoRA(rank=2, targets=["q"], layers_to_transform=[1])
+    adapter = jpeft.init(jax.random.key(3), spec, params, kernels=kernels)
+    save_peft(tmp_path / "a", adapter, params=params, layout=layout)
+    keys = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    assert sorted({key.split(".")[4] for key in keys}) == ["1"]
+    again = load_peft(tmp_path / "a", params, layout=layout)
+    assert np.array_equal(again.constant["q/w"]["scaling"], adapter.constant["q/w"]["scaling"])
