@@ -1,4 +1,4 @@
-"""An adapter folder of Hugging Face PEFT, read into an adapter for the params at hand: exactly, or with the reason why not."""
+"""A folder of Hugging Face PEFT, read into an adapter for the params at hand: exactly, or with the reason why not."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from jpeft.errors import AdapterError
 from jpeft.kernel import Kernel
 from jpeft.targets import ALL_LINEAR, is_kept, names_module
 from jpeft.tree import dotted, flatten, nearest
+from jpeft_interop.json_file import read_json_object
 from jpeft_interop.layout import Entry, Index, Layout, default_layout, find, invert, leaf_from_torch
 from jpeft_interop.lora_keys import PREFIX, Leaves, from_file, keys_of, shapes, split_key
 from jpeft_interop.peft_config import PeftConfig, read_config
-from jpeft_interop.weights import read_json_object, read_safetensors
+from jpeft_interop.safetensors_file import read_safetensors
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 
@@ -37,8 +38,8 @@ def load_peft(folder: str | os.PathLike[str], params: Any, *, layout: Layout | N
       the adapter; its spec is the folder's config, its arrays are in the file's dtypes.
 
     Raises:
-      AdapterError: a file missing, broken or foreign, an option not done here, a key or shape that does not fit the params.
-        Nothing is applied or kept.
+      AdapterError: a file missing, broken or foreign, an option not done here, a key or shape that does not fit the
+        params. Nothing is applied or kept.
     """
     folder = Path(folder)
     config = read_peft_config(folder)
@@ -68,8 +69,10 @@ def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
         raise AdapterError(f"{folder}: no {WEIGHTS} there{hint if (folder / PICKLE).exists() else ''}")
     tensors, _ = read_safetensors(file)
     for key, tensor in tensors.items():
-        if jnp.issubdtype(tensor.dtype, jnp.inexact) and not np.isfinite(np.asarray(tensor, np.float32)).all():
-            raise AdapterError(f"{file}: {key!r} holds values that are not finite")
+        if not jnp.issubdtype(tensor.dtype, jnp.floating) or tensor.ndim == 0:
+            raise AdapterError(f"{file}: key {key!r}: expected an array of floats, found {tensor.dtype} {tensor.shape}")
+        if not np.isfinite(np.asarray(tensor, np.float32)).all():
+            raise AdapterError(f"{file}: key {key!r} holds values that are not finite")
     return dict(tensors)
 
 
@@ -98,8 +101,9 @@ class _Reading:
 
     def adapter(self) -> Adapter:
         factors, plain = self._sorted()
+        by_path = self._by_path(factors)
         self._check_targets(factors)
-        parts = [self._lora(path, found) for path, found in self._by_path(factors).items()]
+        parts = [self._lora(path, found) for path, found in by_path.items()]
         parts += [self._replaced(name, key) for name, key in self._params_of(plain, factors).items()]
         self._check_biases({site.path for site, _, _ in parts})
         sites = tuple(sorted((site for site, _, _ in parts), key=lambda site: site.path))
@@ -171,8 +175,8 @@ class _Reading:
         same_scale = self.spec.alpha_of(one.module) == self.spec.alpha_of(other.module)
         if not same_scale or not all(np.array_equal(x, y) for x, y in pairs):
             raise AdapterError(
-                f"{self.file}: {one.module!r} and {other.module!r} are one tied weight, {path!r}, with different factors; an "
-                "adapter holds one change of a weight: save them as two adapters"
+                f"{self.file}: {one.module!r} and {other.module!r} are one tied weight, {path!r}, with different factors; "
+                "an adapter holds one change of a weight: save them as two adapters"
             )
         return embedding._replace(use=None)
 
@@ -235,8 +239,8 @@ class _Reading:
         found = leaf_from_torch(self.tensors[key], self.layout[entry.path])
         if found.shape != base.shape or not np.array_equal(found.astype(base.dtype), base):
             raise AdapterError(
-                f"{self.file}: key {key!r} is the base's own weight, and differs from {entry.path!r} in the params: the adapter was "
-                "trained on another base (a resized vocabulary?); load that base"
+                f"{self.file}: key {key!r} is the base's own weight, and differs from {entry.path!r} in the params: the "
+                "adapter was trained on another base (a resized vocabulary?); load that base"
             )
 
     def _replaced(self, name: str, key: str) -> tuple[Site, Leaves, None]:
@@ -244,8 +248,8 @@ class _Reading:
         place = self.layout[entry.path]
         if entry.use is not None or entry.index:
             raise AdapterError(
-                f"{self.file}: key {key!r} replaces {'one use' if entry.use else 'one slice'} of {entry.path!r}; give params where it is "
-                "a leaf of its own"
+                f"{self.file}: key {key!r} replaces {'one use' if entry.use else 'one slice'} of {entry.path!r}; give "
+                "params where it is a leaf of its own"
             )
         value = leaf_from_torch(self.tensors[key], place)
         wanted = tuple(self.flat[entry.path].shape)
@@ -265,8 +269,8 @@ class _Reading:
                 continue
             if self.spec.bias == "all" or module in adapted:
                 raise AdapterError(
-                    f"{self.file}: 'bias' is {self.spec.bias!r} in {CONFIG}, and {PREFIX + key!r} is missing; the file has "
-                    f"{nearest(PREFIX + key, self.tensors)}"
+                    f"{self.file}: 'bias' is {self.spec.bias!r} in {CONFIG}, and {PREFIX + key!r} is missing; the file "
+                    f"has {nearest(PREFIX + key, self.tensors)}"
                 )
 
 

@@ -15,7 +15,7 @@ from jpeft_interop.models.activations import activation
 from jpeft_interop.models.attention import attend, padding_mask
 from jpeft_interop.models.errors import ModelError
 from jpeft_interop.models.heads import embed
-from jpeft_interop.models.layers import linear, table
+from jpeft_interop.models.layers import Embedding, linear
 from jpeft_interop.models.norms import LayerNorm
 from jpeft_interop.models.output import Output
 from jpeft_interop.models.reading import heads_divide, number_of_labels, optional, refuse, required
@@ -78,9 +78,9 @@ class Embeddings(nnx.Module):
     def __init__(self, config: BertConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         """The three tables."""
         width, deviation = config.hidden_size, config.initializer_range
-        self.word_embeddings = table((config.vocab_size, width), deviation, dtype, rngs)
-        self.position_embeddings = table((config.max_position_embeddings, width), deviation, dtype, rngs)
-        self.token_type_embeddings = table((config.type_vocab_size, width), deviation, dtype, rngs)
+        self.word_embeddings = Embedding((config.vocab_size, width), deviation, dtype, rngs)
+        self.position_embeddings = Embedding((config.max_position_embeddings, width), deviation, dtype, rngs)
+        self.token_type_embeddings = Embedding((config.type_vocab_size, width), deviation, dtype, rngs)
         self.LayerNorm = _norm(config, dtype)
         self.longest = config.max_position_embeddings
 
@@ -255,7 +255,7 @@ class Predictions(nnx.Module):
         self.decoder = None if tied else _linear(config, sizes, dtype, rngs)
         self.bias = nnx.Param(jnp.zeros((config.vocab_size,), dtype))
 
-    def __call__(self, x: Array, words: nnx.Embed) -> Array:
+    def __call__(self, x: Array, words: Embedding) -> Array:
         """Logits `(batch, time, vocab)`."""
         x = self.transform(x)
         return words.attend(x) + self.bias[...] if self.decoder is None else self.decoder(x)

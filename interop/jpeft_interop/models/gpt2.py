@@ -19,7 +19,7 @@ from jpeft_interop.models.attention import attend, causal_mask
 from jpeft_interop.models.cache import Cache, KeyValue, advance, next_slots, remember
 from jpeft_interop.models.errors import ModelError
 from jpeft_interop.models.heads import embed, with_class, with_logits
-from jpeft_interop.models.layers import linear, table
+from jpeft_interop.models.layers import Embedding, linear
 from jpeft_interop.models.norms import LayerNorm
 from jpeft_interop.models.output import Output
 from jpeft_interop.models.reading import heads_divide, number_of_labels, optional, refuse, required
@@ -138,8 +138,8 @@ class GPT2Model(nnx.Module):
 
     def __init__(self, config: GPT2Config, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         """Random weights of `dtype`, from the config's sizes."""
-        self.wte = table((config.vocab_size, config.n_embd), config.initializer_range, dtype, rngs)
-        self.wpe = table((config.n_positions, config.n_embd), config.initializer_range, dtype, rngs)
+        self.wte = Embedding((config.vocab_size, config.n_embd), config.initializer_range, dtype, rngs)
+        self.wpe = Embedding((config.n_positions, config.n_embd), config.initializer_range, dtype, rngs)
         self.h = nnx.List([Block(config, scale, dtype, rngs) for scale in config.scales])
         self.ln_f = LayerNorm(config.n_embd, config.layer_norm_epsilon, dtype)
         self.n_positions = config.n_positions

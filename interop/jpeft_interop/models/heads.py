@@ -9,10 +9,11 @@ from flax import nnx
 from jax import Array
 
 from jpeft_interop.models.errors import ModelError
+from jpeft_interop.models.layers import Embedding
 from jpeft_interop.models.output import Output
 
 
-def embed(table: nnx.Embed, input_ids: Array | None, inputs_embeds: Array | None) -> Array:
+def embed(table: Embedding, input_ids: Array | None, inputs_embeds: Array | None) -> Array:
     """The embeddings `(batch, time, hidden)`: looked up, or as given. An id outside the table gives NaN.
 
     Raises:
@@ -27,7 +28,7 @@ def embed(table: nnx.Embed, input_ids: Array | None, inputs_embeds: Array | None
     return given if inputs_embeds is not None else table(given)
 
 
-def with_logits(output: Output, head: nnx.Linear | None, words: nnx.Embed, logits_to_keep: Array | int | None) -> Output:
+def with_logits(output: Output, head: nnx.Linear | None, words: Embedding, logits_to_keep: Array | int | None) -> Output:
     """`output` with the logits of a language model: by `head`, or by the word embeddings transposed where it is None.
 
     Args:

@@ -14,7 +14,7 @@ from jpeft_interop.models.activations import activation
 from jpeft_interop.models.attention import attend, causal_mask
 from jpeft_interop.models.cache import Cache, KeyValue, advance, next_slots, remember
 from jpeft_interop.models.heads import embed, with_class, with_logits
-from jpeft_interop.models.layers import linear, table
+from jpeft_interop.models.layers import Embedding, linear
 from jpeft_interop.models.llama_config import LlamaConfig
 from jpeft_interop.models.norms import RMSNorm
 from jpeft_interop.models.output import Output
@@ -93,7 +93,7 @@ class LlamaModel(nnx.Module):
 
     def __init__(self, config: LlamaConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         """Random weights of `dtype`, from the config's sizes."""
-        self.embed_tokens = table((config.vocab_size, config.hidden_size), config.initializer_range, dtype, rngs)
+        self.embed_tokens = Embedding((config.vocab_size, config.hidden_size), config.initializer_range, dtype, rngs)
         self.layers = nnx.List([Layer(config, dtype, rngs) for _ in range(config.num_hidden_layers)])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
         self.config = config

@@ -18,7 +18,13 @@ from jax.typing import DTypeLike
 
 from jpeft_interop.models.errors import ModelError
 
-SUPPORTED = ("default", "linear", "dynamic", "llama3", "yarn")
+NEEDS: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("factor",),
+}
 
 
 @dataclass(frozen=True)
@@ -26,7 +32,7 @@ class Rope:
     """How positions rotate.
 
     Attributes:
-      rope_type: one of `SUPPORTED`.
+      rope_type: a key of `NEEDS`.
       theta: the base of the frequencies.
       dim: the width of a head.
       max_position_embeddings: the length that `dynamic` starts to stretch at.
@@ -40,26 +46,26 @@ class Rope:
     options: tuple[tuple[str, Any], ...] = ()
 
     def option(self, name: str) -> Any:
-        """The option `name`; an error that names it where the config has none."""
-        found = dict(self.options).get(name)
-        if found is None:
-            raise ModelError(f"rope_type {self.rope_type!r} needs {name!r}; the config gives {dict(self.options)}")
-        return found
+        """The option `name`, which `read_rope` saw to."""
+        return dict(self.options)[name]
 
 
 def read_rope(config: Mapping[str, Any], dim: int) -> Rope:
     """Reads `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (transformers 4 and older files).
 
     Raises:
-      ModelError: a type not in `SUPPORTED`, one type a layer, or a rotation of only a part of the head.
+      ModelError: a type not in `NEEDS` or without what it needs, one type a layer, or a rotation of only a part of the head.
     """
     given = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
     if any(isinstance(value, Mapping) for value in given.values()):
         raise ModelError(f"rope parameters that differ by layer are not supported; found {given}")
     rope_type = given.pop("rope_type", None) or given.pop("type", None) or "default"
     given.pop("type", None)
-    if rope_type not in SUPPORTED:
-        raise ModelError(f"rope_type {rope_type!r} is not supported; supported: {', '.join(SUPPORTED)}")
+    if rope_type not in NEEDS:
+        raise ModelError(f"rope_type {rope_type!r} is not supported; supported: {', '.join(NEEDS)}")
+    missing = [name for name in NEEDS[rope_type] if given.get(name) is None]
+    if missing:
+        raise ModelError(f"rope_type {rope_type!r} needs {', '.join(map(repr, missing))}; the config gives {given}")
     partial = given.pop("partial_rotary_factor", None) or config.get("partial_rotary_factor") or 1.0
     if partial != 1.0:
         raise ModelError(f"partial_rotary_factor {partial} is not supported; only whole heads are rotated (1.0)")
