@@ -31,7 +31,7 @@ def read_json_object(
       limit: the most bytes the file may have.
 
     Raises:
-      JpeftError: of the type `error`; the file is not there or no ordinary file, too large, not UTF-8, not JSON (NaN and
+      JpeftError: of the type `error`; the file is missing or no ordinary file, too large, not UTF-8, not JSON (NaN and
         Infinity are not), not an object, or an object in it has a key twice.
     """
     descriptor = open_file(path, error)
