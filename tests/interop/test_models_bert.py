@@ -1,11 +1,11 @@
 """BERT against torch: random weights, fp32."""
 
-import jax
 import numpy as np
 import pytest
 import torch
 import transformers
 from flax import nnx
+
 from jpeft_interop.models import ModelError, build
 from torch_twins import difference, randomise, run_torch, twin
 
@@ -41,7 +41,7 @@ def test_all_outputs_equal_torch(row):
     name, options = MODELS[row]
     model, inputs = model_of(name, **options), inputs_of()
     forward, params = twin(model)
-    ours = jax.jit(lambda p, i: forward(p, **i, output_hidden_states=True))(params, inputs)
+    ours = forward(params, **inputs, output_hidden_states=True)
     theirs = run_torch(model, **inputs, output_hidden_states=True)
     assert len(ours.hidden_states) == 3
     for mine, torchs in zip(ours.hidden_states, theirs.hidden_states, strict=True):

@@ -1,11 +1,11 @@
 """GPT-2 against torch: random weights, fp32."""
 
-import jax
 import numpy as np
 import pytest
 import torch
 import transformers
 from flax import nnx
+
 from jpeft_interop.models import ModelError, build, init_cache
 from torch_twins import difference, randomise, run_torch, twin
 
@@ -36,7 +36,7 @@ def test_hidden_states_and_logits_equal_torch(row):
     name, options = MODELS[row]
     model = model_of(name, **options)
     forward, params = twin(model)
-    ours = jax.jit(lambda p, i: forward(p, i, output_hidden_states=True))(params, ids_of())
+    ours = forward(params, ids_of(), output_hidden_states=True)
     theirs = run_torch(model, input_ids=ids_of(), output_hidden_states=True)
     assert len(ours.hidden_states) == 3
     for mine, torchs in zip(ours.hidden_states, theirs.hidden_states, strict=True):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from jpeft_interop.models import build, family, pure
 from flax import nnx
+
+from jpeft_interop.models import build, family, pure
 
 
 def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
@@ -38,18 +40,25 @@ def params_of(model: torch.nn.Module) -> dict:
 
 
 def twin(model: torch.nn.Module):
-    """`(forward, params)` of a torch model."""
-    name = type(model).__name__
-    module = nnx.eval_shape(lambda: build(model.config.to_dict(), architecture=name))
-    return pure(module)[0], params_of(model)
+    """`(forward, params)` of a torch model, the forward jitted."""
+    forward, _ = pure(module_of(model))
+    return jax.jit(forward, static_argnames="output_hidden_states"), params_of(model)
+
+
+def module_of(model: torch.nn.Module) -> nnx.Module:
+    """The same model here, without weights."""
+    return nnx.eval_shape(lambda: build(model.config.to_dict(), architecture=type(model).__name__))
 
 
 def run_torch(model: torch.nn.Module, **inputs):
+    """The torch model's output on numpy inputs; flags stay flags."""
+    tensors = {key: value if isinstance(value, bool) else torch.as_tensor(value) for key, value in inputs.items()}
     with torch.no_grad():
-        return model(**{key: torch.as_tensor(np.asarray(value)) if not isinstance(value, bool) else value for key, value in inputs.items()})
+        return model(**tensors)
 
 
 def difference(ours, theirs, where=None) -> float:
     """The largest difference, over the tokens that `where` keeps."""
-    gap = np.abs(np.asarray(ours, np.float32) - theirs.detach().float().numpy())
+    theirs = theirs.detach().float().numpy() if isinstance(theirs, torch.Tensor) else np.asarray(theirs)
+    gap = np.abs(np.asarray(ours, np.float32) - theirs)
     return float(gap.max() if where is None else gap[np.asarray(where, bool)].max())

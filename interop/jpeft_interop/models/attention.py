@@ -13,8 +13,8 @@ from jpeft_interop.models.errors import ModelError
 def attend(query: Array, key: Array, value: Array, mask: Array | None, scale: float) -> Array:
     """softmax(scale · Q Kᵀ) V, the softmax in fp32.
 
-    A row with nothing to attend to (a padding token on the left) averages all values, as transformers' eager attention does;
-    it is finite, and no real token ever reads it.
+    A row with nothing to attend to (a padding token on the left) averages all values, as transformers' eager attention
+    does; it is finite, and no real token ever reads it.
 
     Args:
       query: `(batch, time, heads, head_dim)`.
@@ -29,7 +29,7 @@ def attend(query: Array, key: Array, value: Array, mask: Array | None, scale: fl
     batch, time, heads, head_dim = query.shape
     kv_heads, slots = key.shape[2], key.shape[1]
     group = heads // kv_heads
-    # The queries that share a key-value head are rows of one product: the keys aren't repeated, and each product is large.
+    # The queries that share a key-value head are rows of one product: no key is repeated, and each product is large.
     rows = query.reshape(batch, time, kv_heads, group, head_dim).transpose(0, 2, 3, 1, 4)
     rows = rows.reshape(batch, kv_heads, group * time, head_dim)
     scores = jnp.einsum("bkrd,bksd->bkrs", rows, key.transpose(0, 2, 1, 3), preferred_element_type=jnp.float32)
@@ -49,8 +49,8 @@ def causal_mask(
     Args:
       attention_mask: `(batch, length)`, nonzero for real tokens. With a cache its columns are the slots (a shorter one
         says nothing about later slots); without, the tokens.
-      position_ids: those the caller gave, `(batch or 1, time)`. Given with neither mask nor cache, a jump in them starts
-        a new sequence (packing), and tokens attend within theirs.
+      position_ids: those the caller gave, `(batch or 1, time)`. Given with neither mask nor cache, a jump in them
+        starts a new sequence (packing), and tokens attend within theirs.
       time: the number of tokens.
       cache: the cache before this forward.
       window: the sliding window's width.
@@ -91,6 +91,6 @@ def _padding(attention_mask: Array, slots: int, cache: Cache | None) -> Array:
 
 
 def _sequences(position_ids: Array) -> Array:
-    """The number of each token's sequence, counted along the row: a new one starts where positions do not go up by one."""
+    """The number of each token's sequence along its row: a new one starts where positions do not go up by one."""
     jump = jnp.diff(position_ids, axis=1, prepend=position_ids[:, :1] - 1) != 1
     return jnp.cumsum(jump, axis=1)

@@ -1,4 +1,4 @@
-"""BERT: Devlin et al. 2018, https://arxiv.org/abs/1810.04805. An encoder; behaviour as transformers 5.23, attention "eager"."""
+"""BERT, an encoder: Devlin et al. 2018, https://arxiv.org/abs/1810.04805. Behaviour as transformers 5.23, "eager"."""
 
 from __future__ import annotations
 
@@ -43,7 +43,8 @@ def read_bert(config: Mapping[str, Any]) -> BertConfig:
     """Reads the config of a `bert` model; what it leaves out is as transformers has it.
 
     Raises:
-      ModelError: a size is missing or does not fit, or the config asks for what is not here (a decoder, relative positions).
+      ModelError: a size is missing or does not fit, or the config asks for what is not here (a decoder, relative
+        positions).
     """
     refuse(config, is_decoder=False, add_cross_attention=False, position_embedding_type="absolute")
     heads_divide(config, required(config, "hidden_size"), required(config, "num_attention_heads"))

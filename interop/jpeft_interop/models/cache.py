@@ -1,4 +1,4 @@
-"""The keys and values of past tokens, in buffers whose shapes never change, so that every decoding step is one program."""
+"""The keys and values of past tokens, in buffers whose shapes never change: every decoding step is one program."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Cache:
     An empty cache holds no buffers: the first forward that gets it makes them (and attends among its own tokens only).
 
     Attributes:
-      keys: one `(batch, max_length, kv_heads, head_dim)` a layer, rotated already where the model rotates; `()` when empty.
+      keys: one `(batch, max_length, kv_heads, head_dim)` a layer, already rotated; `()` when empty.
       values: the same.
       length: how many slots are filled, an int32 scalar (a plain 0 when empty).
       max_length: how many slots there are.
@@ -68,7 +68,7 @@ def next_slots(cache: Cache | None, time: int) -> Array:
 
 
 def remember(cache: Cache | None, layer: int, new: KeyValue) -> tuple[KeyValue, KeyValue | None]:
-    """The keys and values a layer attends to, and those to keep, given its `new` ones `(batch, time, kv_heads, head_dim)`."""
+    """What layers attend to, and what to keep, given its `new` keys and values `(batch, time, kv_heads, head_dim)`."""
     if cache is None:
         return new, None
     if cache.empty:
@@ -102,7 +102,7 @@ def _fresh(cache: Cache, new: Array) -> Array:
 
 
 def _write(cache: Cache, buffer: Array, new: Array) -> Array:
-    # dynamic_update_slice moves a slice that does not fit back into the buffer, over older tokens: better NaN than that.
+    # dynamic_update_slice would move a slice that does not fit back, over older tokens: better NaN than that.
     fits = cache.start + new.shape[1] <= cache.max_length
     new = jnp.where(fits, new, jnp.nan).astype(buffer.dtype)
     return jax.lax.dynamic_update_slice_in_dim(buffer, new, cache.start, axis=1)

@@ -27,7 +27,8 @@ class Family:
       prefix: where the base model stands in a model with a head (`model`, `bert`, `transformer`).
       heads: the modules that a head adds, outside the prefix.
       conv1d: last names of the modules whose torch `weight` is (in, out) already (`Conv1D`).
-      tied: pairs of paths that hold one array where the config ties embeddings: the first is the leaf, the second has none.
+      tied: pairs of paths that hold one array where the config ties embeddings: the first has the leaf, the second
+        none.
       buffers: last names of torch buffers that old checkpoints hold and that are no parameters.
     """
 

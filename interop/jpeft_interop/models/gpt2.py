@@ -1,4 +1,4 @@
-"""GPT-2: Radford et al. 2019. Behaviour as transformers 5.23, attention "eager": the default positions count padding too.
+"""GPT-2: Radford et al. 2019. Behaviour as transformers 5.23, "eager": the default positions count padding too.
 
 Torch's `Conv1D` is a linear map whose weight is stored (in, out): here every one is a plain linear with a `kernel`.
 """
@@ -81,7 +81,9 @@ def _scales(config: Mapping[str, Any], head_dim: int) -> tuple[float, ...]:
     return tuple(scale / (number + 1 if deeper else 1) for number in range(config["n_layer"]))
 
 
-def _linear(config: GPT2Config, sizes: tuple[int, int], dtype: DTypeLike, rngs: nnx.Rngs, bias: bool = True) -> nnx.Linear:
+def _linear(
+    config: GPT2Config, sizes: tuple[int, int], dtype: DTypeLike, rngs: nnx.Rngs, bias: bool = True
+) -> nnx.Linear:
     return linear(sizes, config.initializer_range, dtype, rngs, bias)
 
 

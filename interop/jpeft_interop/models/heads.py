@@ -24,18 +24,22 @@ def embed(table: Embedding, input_ids: Array | None, inputs_embeds: Array | None
         raise ModelError("give exactly one of input_ids (batch, time) and inputs_embeds (batch, time, hidden)")
     if given.ndim != axes:
         name = "input_ids" if axes == 2 else "inputs_embeds"
-        raise ModelError(f"{name} must have {axes} axes, (batch, time{', hidden' if axes == 3 else ''}); found {given.shape}")
+        wanted = ("batch", "time", "hidden")[:axes]
+        raise ModelError(f"{name} must have {axes} axes, ({', '.join(wanted)}); found shape {given.shape}")
     return given if inputs_embeds is not None else table(given)
 
 
-def with_logits(output: Output, head: nnx.Linear | None, words: Embedding, logits_to_keep: Array | int | None) -> Output:
+def with_logits(
+    output: Output, head: nnx.Linear | None, words: Embedding, logits_to_keep: Array | int | None
+) -> Output:
     """`output` with the logits of a language model: by `head`, or by the word embeddings transposed where it is None.
 
     Args:
       output: what the stack gave.
       head: the kernel of an untied model.
       words: the word embeddings.
-      logits_to_keep: which tokens get logits. An int is that many at the end (0, as None, is all), an array of indices is those.
+      logits_to_keep: which tokens get logits. An int is that many at the end (0, as None, is all), an array of indices
+        is those.
     """
     hidden = _pick(_last(output), logits_to_keep)
     return replace(output, logits=words.attend(hidden) if head is None else head(hidden))

@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 
 
 class Embedding(nnx.Module):
-    """A table of vectors. (`nnx.Embed` fixes its dtype when it is made; here the params that a forward is given decide.)"""
+    """A table of vectors. Its dtype is that of the params a forward is given; `nnx.Embed` would fix it when made."""
 
     def __init__(self, sizes: tuple[int, int], deviation: float, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         """An `embedding` of `sizes` (rows, width), normal with that standard deviation."""

@@ -1,7 +1,7 @@
 """Llama, and what is made like it (Mistral, Qwen2, SmolLM2): Touvron et al. 2023, https://arxiv.org/abs/2302.13971.
 
-Behaviour is that of transformers 5.23, attention "eager": the default positions count every slot, padding too (so a left-padded
-prompt wants its own `position_ids`, as `generate` gives it), and the first hidden state is the embeddings, the last the normed one.
+Behaviour is that of transformers 5.23, attention "eager": the default positions count every slot, padding too (so a
+left-padded prompt wants its own `position_ids`, as `generate` gives it).
 """
 
 from __future__ import annotations

@@ -102,6 +102,6 @@ def _qwen2_windows(config: Mapping[str, Any], layers: int) -> tuple[int | None, 
     unknown = set(types) - {"sliding_attention", "full_attention"}
     if unknown or len(types) != layers:
         raise ModelError(
-            f"layer_types must be {layers} of 'full_attention' or 'sliding_attention'; found {len(types)}: {list(types)}"
+            f"layer_types must be {layers} of 'full_attention', 'sliding_attention'; found {len(types)}: {list(types)}"
         )
     return tuple(window if kind == "sliding_attention" else None for kind in types)

@@ -18,8 +18,8 @@ class Output:
     Attributes:
       logits: `(batch, time, vocab)` of a language model, `(batch, labels)` of a classifier; in the params' dtype.
       last_hidden_state: `(batch, time, hidden)`, after the final norm.
-      hidden_states: with `output_hidden_states=True`, `layers + 1` arrays `(batch, time, hidden)` in transformers' order: the
-        embeddings first, then each layer's output; of a decoder the last one is after the final norm.
+      hidden_states: with `output_hidden_states=True`, `layers + 1` arrays `(batch, time, hidden)` in transformers'
+        order: the embeddings first, then each layer's output; of a decoder the last one is after the final norm.
       pooled: `(batch, hidden)`, BERT's pooler (`pooler_output` in transformers).
       cache: the keys and values so far, where a cache was passed in.
     """

@@ -19,16 +19,17 @@ def pure(module: nnx.Module, compute_dtype: DTypeLike | None = None) -> tuple[Ca
     """`(forward, abstract_params)` of a model: a function without state, and the shapes of what it takes.
 
     `forward(params, input_ids, attention_mask=None, **options)` takes transformers' input names: `position_ids`,
-    `inputs_embeds`, `token_type_ids` (where the model has them), `output_hidden_states`, `logits_to_keep` (language models)
-    and `cache` (decoders, see `init_cache`). It is deterministic, and may be jitted, differentiated, vmapped and rematerialised.
+    `inputs_embeds`, `token_type_ids` (where the model has them), `output_hidden_states`, `logits_to_keep` (language
+    models) and `cache` (decoders, see `init_cache`). It is deterministic, and may be jitted, differentiated, vmapped
+    and rematerialised.
 
     Args:
       module: a model of `build`, abstract or with weights; only its structure is kept.
       compute_dtype: what params are cast to at the start of a forward; None leaves each as it is.
 
     Returns:
-      The forward, and a nested dict with string keys of `jax.ShapeDtypeStruct`, at torch's names: Linear's `weight` is `kernel`
-      (in, out), Embedding's is `embedding`, all others keep theirs.
+      The forward, and a nested dict with string keys of `jax.ShapeDtypeStruct`, at torch's names: Linear's `weight` is
+      `kernel` (in, out), Embedding's is `embedding`, all others keep theirs.
     """
     graphdef, state = nnx.split(module)
     leaves = {path: variable.get_value() for path, variable in nnx.to_flat_state(state)}

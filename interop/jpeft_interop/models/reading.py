@@ -29,13 +29,15 @@ def refuse(config: Mapping[str, Any], **known: Any) -> None:
     """Raises a ModelError where a key of the config is neither absent nor null nor the one value that is supported."""
     for key, value in known.items():
         if optional(config, key, value) != value:
-            raise ModelError(f"{key}={config[key]!r} is not supported in a {config.get('model_type')!r} model; only {value!r}")
+            model = config.get("model_type")
+            raise ModelError(f"{key}={config[key]!r} is not supported in a {model!r} model; only {value!r}")
 
 
 def heads_divide(config: Mapping[str, Any], hidden: int, heads: int) -> int:
     """The width of a head where heads share the hidden width evenly."""
     if hidden % heads:
-        raise ModelError(f"a {config.get('model_type')!r} model of width {hidden} can't be split evenly into {heads} heads")
+        model = config.get("model_type")
+        raise ModelError(f"a {model!r} model of width {hidden} can't be split evenly into {heads} heads")
     return hidden // heads
 
 

@@ -1,7 +1,7 @@
 """Rotary positions: the frequencies as each scaling has them, the tables once a forward, the rotation.
 
-A head of width `d` is `d/2` planes; the token at position `p` is turned by `p · θ^(-2i/d)` in plane `i`, whose axes are `i` and
-`i + d/2` (Su et al. 2021, https://arxiv.org/abs/2104.09864, in the layout of Llama checkpoints).
+A head of width `d` is `d/2` planes; the token at position `p` is turned by `p · θ^(-2i/d)` in plane `i`, whose axes are
+`i` and `i + d/2` (Su et al. 2021, https://arxiv.org/abs/2104.09864, in the layout of Llama checkpoints).
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ def read_rope(config: Mapping[str, Any], dim: int) -> Rope:
     """Reads `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (transformers 4 and older files).
 
     Raises:
-      ModelError: a type not in `NEEDS` or without what it needs, one type a layer, or a rotation of only a part of the head.
+      ModelError: a type not in `NEEDS` or without what it needs, types that differ by layer, or a rotation of only a
+        part of the head.
     """
     given = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
     if any(isinstance(value, Mapping) for value in given.values()):
