@@ -38,7 +38,7 @@ format: $(STAMP) ## let ruff put right what it can
 	$(BIN)/ruff format .
 
 types: $(STAMP) ## pyright
-	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright
+	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright --project .
 
 bench: $(STAMP) ## run every benchmark, one table each: make bench BENCHMARKS=benchmarks/import_time.py for one
 	@for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
