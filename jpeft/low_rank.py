@@ -12,9 +12,33 @@ import jax
 from jax import Array
 
 
-def _barrier(x: Array) -> Array:
+def _pays(x: Array) -> bool:
     # Measured on the CPU backend alone, where it decides; elsewhere the compiler is left to choose.
-    return jax.lax.optimization_barrier(x) if jax.default_backend() == "cpu" else x
+    return jax.default_backend() == "cpu" and x.ndim == 2
+
+
+@jax.custom_batching.custom_vmap
+def _held(x: Array) -> Array:
+    return jax.lax.optimization_barrier(x)
+
+
+@_held.def_vmap
+def _batched(axis_size: int, in_batched: list[bool], x: Array) -> tuple[Array, bool]:
+    # XLA:CPU aborts the process on a barrier behind a batched product of some shapes, with "Check failed: ...
+    # LayoutUtil::IsMonotonicWithDim0Major" (jaxlib 0.10.2).
+    del axis_size
+    return x, in_batched[0]
+
+
+@jax.custom_jvp
+def _barrier(x: Array) -> Array:
+    return _held(x) if _pays(x) else x
+
+
+@_barrier.defjvp
+def _barrier_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    (x,), (t,) = primals, tangents
+    return _barrier(x), jax.lax.optimization_barrier(t) if _pays(t) else t
 
 
 def low_rank_plain(x: Array, a: Array, b: Array, scaling: Array) -> Array:
