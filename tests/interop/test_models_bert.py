@@ -1,5 +1,7 @@
 """BERT against torch: random weights, fp32."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -13,9 +15,13 @@ SIZES = dict(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_lay
 TOLERANCE = 1e-5
 
 
-def model_of(name: str, **options) -> torch.nn.Module:
+def options_of(options: dict[str, Any]) -> dict[str, Any]:
+    return SIZES | options
+
+
+def model_of(name: str, **options) -> Any:
     torch.manual_seed(0)
-    return randomise(getattr(transformers, name)(transformers.BertConfig(**(SIZES | options))))
+    return randomise(getattr(transformers, name)(transformers.BertConfig(**options_of(options))))
 
 
 def inputs_of(batch: int = 3, time: int = 9) -> dict[str, np.ndarray]:

@@ -1,5 +1,7 @@
 """GPT-2 against torch: random weights, fp32."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -13,9 +15,13 @@ SIZES = dict(vocab_size=61, n_embd=32, n_layer=2, n_head=4, n_positions=24)
 TOLERANCE = 1e-5
 
 
-def model_of(name: str = "GPT2LMHeadModel", **options) -> torch.nn.Module:
+def options_of(options: dict[str, Any]) -> dict[str, Any]:
+    return SIZES | options
+
+
+def model_of(name: str = "GPT2LMHeadModel", **options) -> Any:
     torch.manual_seed(0)
-    return randomise(getattr(transformers, name)(transformers.GPT2Config(**(SIZES | options))))
+    return randomise(getattr(transformers, name)(transformers.GPT2Config(**options_of(options))))
 
 
 def ids_of(batch: int = 3, time: int = 9) -> np.ndarray:

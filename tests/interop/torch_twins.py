@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +14,7 @@ from flax import nnx
 from jpeft_interop.models import build, family, pure
 
 
-def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+def randomise(model: Any, seed: int = 0) -> Any:
     """Noise on every parameter: biases and norms start out constant."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -20,7 +23,7 @@ def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     return model.eval()
 
 
-def params_of(model: torch.nn.Module) -> dict:
+def params_of(model: Any) -> dict:
     known = family(model.config.model_type)
     params: dict = {}
     for name, parameter in model.named_parameters():
@@ -39,25 +42,25 @@ def params_of(model: torch.nn.Module) -> dict:
     return params
 
 
-def twin(model: torch.nn.Module):
+def twin(model: Any) -> tuple[Callable[..., Any], dict]:
     """`(forward, params)` of a torch model, the forward jitted."""
     forward, _ = pure(module_of(model))
     return jax.jit(forward, static_argnames="output_hidden_states"), params_of(model)
 
 
-def module_of(model: torch.nn.Module) -> nnx.Module:
+def module_of(model: Any) -> nnx.Module:
     """The same model here, without weights."""
     return nnx.eval_shape(lambda: build(model.config.to_dict(), architecture=type(model).__name__))
 
 
-def run_torch(model: torch.nn.Module, **inputs):
+def run_torch(model: Any, **inputs: Any) -> Any:
     """The torch model's output on numpy inputs; flags stay flags."""
     tensors = {key: value if isinstance(value, bool) else torch.as_tensor(value) for key, value in inputs.items()}
     with torch.no_grad():
         return model(**tensors)
 
 
-def difference(ours, theirs, where=None) -> float:
+def difference(ours: Any, theirs: Any, where: Any = None) -> float:
     """The largest difference, over the tokens that `where` keeps."""
     theirs = theirs.detach().float().numpy() if isinstance(theirs, torch.Tensor) else np.asarray(theirs)
     gap = np.abs(np.asarray(ours, np.float32) - theirs)

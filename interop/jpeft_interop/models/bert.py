@@ -240,6 +240,7 @@ class BertForSequenceClassification(nnx.Module):
     def __call__(self, input_ids: Array | None = None, attention_mask: Array | None = None, **options) -> Output:
         """See `jpeft_interop.models.pure`."""
         output = self.bert(input_ids, attention_mask, **options)
+        assert output.pooled is not None
         return replace(output, logits=self.classifier(output.pooled))
 
 
@@ -281,5 +282,6 @@ class BertForMaskedLM(nnx.Module):
     def __call__(self, input_ids: Array | None = None, attention_mask: Array | None = None, **options) -> Output:
         """See `jpeft_interop.models.pure`."""
         output = self.bert(input_ids, attention_mask, **options)
+        assert output.last_hidden_state is not None
         logits = self.cls.predictions(output.last_hidden_state, self.bert.embeddings.word_embeddings)
         return replace(output, logits=logits)
