@@ -12,7 +12,8 @@ import transformers
 from flax import nnx
 
 from jpeft_interop.models import ModelError, build, family, init_cache, pure
-from torch_twins import difference, module_of, params_of, randomise, run_torch, twin
+from jpeft_interop.torch_params import params_from_torch
+from torch_twins import difference, module_of, randomise, run_torch, twin
 
 SIZES = dict(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
 TOLERANCE = 1e-5
@@ -95,7 +96,7 @@ def test_the_rope_fields_of_transformers_4_read_the_same():
     config["rope_theta"] = options.pop("rope_theta")
     config["rope_scaling"] = {"type": options.pop("rope_type"), **options}
     forward, _ = pure(nnx.eval_shape(lambda: build(config, architecture="LlamaForCausalLM")))
-    ours, theirs = forward(params_of(model), ids_of()).logits, run_torch(model, input_ids=ids_of()).logits
+    ours, theirs = forward(params_from_torch(model), ids_of()).logits, run_torch(model, input_ids=ids_of()).logits
     assert difference(ours, theirs) < TOLERANCE
 
 
@@ -259,7 +260,7 @@ def test_a_gradient_equals_torchs():
 def test_paths_are_torchs_names():
     model = model_of("LlamaForCausalLM")
     shapes = jax.tree.map(lambda x: x.shape, pure(module_of(model))[1])
-    assert shapes == jax.tree.map(lambda x: x.shape, params_of(model))
+    assert shapes == jax.tree.map(lambda x: x.shape, params_from_torch(model))
     assert shapes["model"]["layers"]["1"]["self_attn"]["k_proj"]["kernel"] == (32, 16)
     assert shapes["model"]["norm"]["weight"] == (32,)
 
@@ -282,7 +283,7 @@ def test_more_layers_than_ten_keep_their_order():
 )
 def test_params_that_do_not_fit_are_named(change, words):
     model = model_of("LlamaForCausalLM")
-    forward, params = pure(module_of(model))[0], params_of(model)
+    forward, params = pure(module_of(model))[0], params_from_torch(model)
     change(params)
     with pytest.raises(ModelError, match=words):
         forward(params, ids_of())

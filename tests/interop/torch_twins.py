@@ -6,12 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import torch
 from flax import nnx
 
-from jpeft_interop.models import build, family, pure
+from jpeft_interop.models import build, pure
+from jpeft_interop.torch_params import params_from_torch
 
 
 def randomise(model: Any, seed: int = 0) -> Any:
@@ -23,29 +23,10 @@ def randomise(model: Any, seed: int = 0) -> Any:
     return model.eval()
 
 
-def params_of(model: Any) -> dict:
-    known = family(model.config.model_type)
-    params: dict = {}
-    for name, parameter in model.named_parameters():
-        *modules, leaf = name.split(".")
-        array, owner = jnp.asarray(parameter.detach().float().numpy()), model.get_submodule(".".join(modules))
-        if isinstance(owner, torch.nn.Embedding):
-            leaf = "embedding"
-        elif isinstance(owner, torch.nn.Linear) and leaf == "weight":
-            leaf, array = "kernel", array.T
-        elif leaf == "weight" and modules[-1] in known.conv1d:
-            leaf = "kernel"
-        inner = params
-        for key in modules:
-            inner = inner.setdefault(key, {})
-        inner[leaf] = array.astype(str(parameter.dtype).removeprefix("torch."))
-    return params
-
-
 def twin(model: Any) -> tuple[Callable[..., Any], dict]:
     """`(forward, params)` of a torch model, the forward jitted."""
     forward, _ = pure(module_of(model))
-    return jax.jit(forward, static_argnames="output_hidden_states"), params_of(model)
+    return jax.jit(forward, static_argnames="output_hidden_states"), params_from_torch(model)
 
 
 def module_of(model: Any) -> nnx.Module:
