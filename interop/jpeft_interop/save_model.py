@@ -1,0 +1,108 @@
+"""Params written as a Hugging Face folder: transformers, vLLM and the rest read it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jpeft.atomic import write_folder
+from jpeft.errors import WeightsError
+from jpeft.tree import flatten
+from jpeft_interop.arrays import host, is_finite
+from jpeft_interop.checkpoint import model_table
+from jpeft_interop.fit import require_same_paths, require_same_shapes
+from jpeft_interop.load_model import CONFIG
+from jpeft_interop.models import build, family, pure
+from jpeft_interop.torch_table import Table, TorchKey, to_torch, to_torch_shape
+from jpeft_interop.weights import LazyArray, is_weights_file, write_weights
+
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
+
+
+def save_model(
+    folder: str | os.PathLike[str],
+    params: Mapping[str, Any],
+    config: Mapping[str, Any] | Any,
+    *,
+    architecture: str | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+    files_from: str | os.PathLike[str] | None = None,
+) -> None:
+    """Write `config.json` and safetensors, moved into place whole; at most one tensor is copied at a time.
+
+    Args:
+      folder: made if need be; one that holds other things than a model is refused.
+      params: as `load_model` gives them, of any floating dtype, which the config will name.
+      config: of `read_config(folder)`, or a transformers config.
+      architecture: torch's class name, where it is not the first that the config names.
+      max_shard_bytes: where to split into shards.
+      files_from: a folder whose other files (tokenizer, chat template, licence) come along.
+
+    Raises:
+      WeightsError: params that do not fit the config, a value that is not finite. Names path, expected and found.
+      ModelError: the model is none of those in `jpeft_interop.models`.
+    """
+    config = dict(config if isinstance(config, Mapping) else config.to_dict())
+    if architecture is not None:
+        config["architectures"] = [architecture]
+    _, abstract = pure(nnx.eval_shape(lambda: build(config)))
+    flat, shapes = flatten(params), flatten(abstract)
+    where = f"the {config['architectures'][0]} of this config"
+    require_same_paths(flat, shapes, where)
+    require_same_shapes(flat, shapes, where)
+    config = _with_dtype(config, flat)
+    table = model_table(shapes, family(config.get("model_type")))
+    text = _json(config)
+
+    def fill(fresh: Path) -> None:
+        (fresh / CONFIG).write_text(text, encoding="utf-8")
+        write_weights(fresh, _tensors(flat, table), max_shard_bytes)
+        for file in _other_files(files_from):
+            shutil.copyfile(file, fresh / file.name)
+
+    write_folder(folder, fill, replaceable=is_weights_file)
+
+
+def _with_dtype(config: dict[str, Any], flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The config, naming the dtype that holds all params exactly: transformers casts to it when it loads."""
+    dtype = jnp.result_type(*{jnp.dtype(leaf.dtype) for leaf in flat.values()})
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise WeightsError(f"the params: expected floating point arrays, found {dtype.name} among them")
+    name = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
+    return config | {name: dtype.name}
+
+
+def _json(config: Mapping[str, Any]) -> str:
+    try:
+        return json.dumps(config, indent=2, sort_keys=True, allow_nan=False) + "\n"
+    except (TypeError, ValueError) as reason:
+        raise WeightsError(f"the config can't be written as JSON: {reason}") from None
+
+
+def _tensors(flat: Mapping[str, Any], table: Table) -> Iterator[tuple[str, LazyArray]]:
+    for path, entry in table.items():
+        leaf = flat[path]
+        shape = to_torch_shape(tuple(leaf.shape), entry)
+        yield entry.key, LazyArray(shape, np.dtype(leaf.dtype), lambda leaf=leaf, entry=entry: _tensor(leaf, entry))
+
+
+def _tensor(leaf: Any, entry: TorchKey) -> np.ndarray:
+    array = host(leaf)
+    if not is_finite(array):
+        raise WeightsError(f"{entry.path!r} holds values that are not finite; nothing was written")
+    return to_torch(array, entry)
+
+
+def _other_files(folder: str | os.PathLike[str] | None) -> list[Path]:
+    if folder is None:
+        return []
+    files = [file for file in Path(folder).iterdir() if file.is_file() and file.name != CONFIG]
+    return sorted(file for file in files if not file.name.endswith(WEIGHT_SUFFIXES) and not file.name.startswith("."))
