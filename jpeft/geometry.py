@@ -120,9 +120,8 @@ def _axes(use: Use, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int,
     whole = all(atom.size == shape[atom.axis] or _parts(view, atom.axis) == shape[atom.axis] for atom in view.all_atoms)
     if not whole or contracted & output or contracted & batch or output & batch:
         return None
-    missing = set(range(len(shape))) - contracted - output - batch
-    lost = {axis for axis in missing if shape[axis] == 1 and use.weight.value.ndim >= len(shape)}
-    return tuple(sorted(contracted)), tuple(sorted(output | lost)), tuple(sorted(batch | (missing - lost)))
+    consumed = set(range(len(shape))) - contracted - output - batch
+    return tuple(sorted(contracted)), tuple(sorted(output)), tuple(sorted(batch | consumed))
 
 
 def _parts(view: View, axis: int) -> int:

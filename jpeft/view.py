@@ -48,14 +48,16 @@ class View:
 
     def reshape(self, shape: tuple[int, ...]) -> View | None:
         """The view after a row-major reshape, or None where a new dimension cuts across two axes."""
-        pending = [atom for dim in self.dims for atom in dim if atom.size != 1][::-1]
+        pending = self.all_atoms[::-1]
         dims: list[Dim] = []
         for size in shape:
             dim = _take(pending, size)
             if dim is None:
                 return None
             dims.append(dim)
-        return View(tuple(dims)) if not pending else None
+        if dims:
+            dims[-1] += tuple(pending[::-1])  # axes of size one, no longer of their own
+        return View(tuple(dims))
 
     def atoms(self, dimensions: tuple[int, ...]) -> list[Atom]:
         return [atom for i in dimensions for atom in self.dims[i]]
@@ -70,7 +72,12 @@ class View:
 
 
 def _take(pending: list[Atom], size: int) -> Dim | None:
-    """Atoms off the end of `pending` whose sizes multiply to `size`, the last one split where need be."""
+    """Atoms off the end of `pending` whose sizes multiply to `size`, the last one split where need be.
+
+    An axis of size one stays a dimension of its own where there is one, and else joins the dimension after it.
+    """
+    if size == 1 and pending and pending[-1].size == 1:
+        return (pending.pop(),)
     taken: list[Atom] = []
     while size > 1:
         if not pending:

@@ -36,7 +36,12 @@ def reshape(program: Program, eqn: JaxprEqn, values: Sequence[Any]) -> Outs:
 
 
 def squeeze(program: Program, eqn: JaxprEqn, values: Sequence[Any]) -> Outs:
-    return _moved(eqn, values, values[0].view.drop(eqn.params["dimensions"]))
+    """Dimensions of size one go; where one was a batch axis (a stack of one layer), it has been consumed."""
+    weight, dimensions = values[0], eqn.params["dimensions"]
+    for atom in weight.view.atoms(dimensions):
+        if atom.axis in weight.batch:
+            weight = take_batch(weight, atom.axis, 0)
+    return _moved(eqn, [weight], weight.view.drop(dimensions))
 
 
 def broadcast_in_dim(program: Program, eqn: JaxprEqn, values: Sequence[Any]) -> Outs:
@@ -102,9 +107,10 @@ def _cut(eqn: JaxprEqn, values: Sequence[Any], index: dict[int, Any]) -> Outs:
 def batch_axis(weight: Weight, dimension: int) -> int | None:
     """The whole batch axis that a dimension of the view is, if it is one. A watched weight's axes are all possible."""
     dim = weight.view.dims[dimension]
-    if len(dim) != 1 or dim[0].size != weight.kernel.shape[dim[0].axis]:
+    atoms = [atom for atom in dim if atom.size > 1] or list(dim[:1])
+    if len(atoms) != 1 or atoms[0].size != weight.kernel.shape[atoms[0].axis]:
         return None
-    return dim[0].axis if dim[0].axis in weight.batch or not weight.branches else None
+    return atoms[0].axis if atoms[0].axis in weight.batch or not weight.branches else None
 
 
 def take_batch(weight: Weight, axis: int, index: Any) -> Weight:

@@ -17,7 +17,6 @@ from jax import Array
 from jax.extend.core import JaxprEqn
 
 from jpeft.methods import METHODS
-from jpeft.rewrite.moves import take_batch
 from jpeft.rewrite.program import Program, Result, Use, bind
 from jpeft.rewrite.weight import Branch, Weight, is_weight
 from jpeft.view import Atom, covers, from_original, to_original
@@ -37,7 +36,6 @@ def dot_general(program: Program, eqn: JaxprEqn, values: Sequence[Any]) -> Outs:
     if program.watch:
         program.uses.append(use)
         return [Result(bind(eqn, [x, weight.value][:: 1 if side else -1])[0], weight.path)]
-    weight = _settled(weight)
     branches = _oriented(weight, dims)
     if branches is None:
         return program.dense(eqn, values, "the product contracts other axes than the adapter's")
@@ -66,15 +64,6 @@ class _Dims:
         return self.w_contract, self.w_free, self.w_batch
 
 
-def _settled(weight: Weight) -> Weight:
-    """Batch axes of size one that a squeeze has dropped are consumed."""
-    seen = {atom.axis for atom in weight.view.all_atoms}
-    for axis in weight.batch:
-        if axis not in seen and weight.kernel.shape[axis] == 1:
-            weight = take_batch(weight, axis, 0)
-    return weight
-
-
 def _oriented(weight: Weight, dims: _Dims) -> tuple[Branch, ...] | None:
     """The branches for the product at hand: as they are, transposed for `x Wᵀ`, or None if neither fits."""
     view, kernel = weight.view, weight.kernel
@@ -101,10 +90,15 @@ def _product(program: Program, x: Array, base: Callable[[Array], Array], weight:
     rows = _Rows.of(x, weight, dims)
     matrix = rows.x_to_matrix(x)
     out = rows.y_to_matrix(base(x))
-    for branch in weight.branches:
+    for branch in _batched(weight, rows.batch_shape):
         if branch.use in (None, "product"):
             out = _with_branch(program, matrix, out, branch)
     return rows.y_from_matrix(out)
+
+
+def _batched(weight: Weight, batch_shape: tuple[int, ...]) -> tuple[Branch, ...]:
+    """The branches with the product's batch axes, where a reshape has joined, added or dropped some (of size one)."""
+    return jax.tree.map(lambda leaf: leaf.reshape(*batch_shape, *leaf.shape[len(weight.batch) :]), weight.branches)
 
 
 def _with_branch(program: Program, x: Array, y: Array, branch: Branch) -> Array:
@@ -149,12 +143,6 @@ class _Rows:
         x = x.transpose((*d.x_batch, *d.x_free, *d.x_contract))
         x = x.reshape(*self.batch_shape, self.rows, *(atom.size for atom in self.contracted))
         return to_original(x, lead + 1, self.contracted)
-
-    def x_from_matrix(self, m: Array) -> Array:
-        d, lead = self.dims, len(self.dims.x_batch)
-        order = (*d.x_batch, *d.x_free, *d.x_contract)
-        x = from_original(m, lead + 1, self.contracted).reshape(tuple(self.x_shape[i] for i in order))
-        return x.transpose(tuple(order.index(i) for i in range(len(order))))
 
     def y_to_matrix(self, y: Array) -> Array:
         lead, n_free = len(self.batch_shape), len(self.free_shape)
