@@ -1,7 +1,7 @@
 """Where each leaf of the params lies in torch: a table of paths, torch names and axes, read in both directions.
 
-Params that came from torch (`load_model`, `params_from_torch`) need none of this: their paths are the torch names. For any
-other params give the places as data:
+Params that came from torch (`load_model`, `params_from_torch`) need none of this: their paths are the torch names. For
+any other params give the places as data:
 
     layout = {"layers/attn/q/kernel": Place("model.layers.{}.self_attn.q_proj.weight", kernels["layers/attn/q/kernel"])}
 """
@@ -30,8 +30,8 @@ class Place:
 
     Attributes:
       key: the torch parameter's name; `{}` stands for the number on each batch axis (a stacked layer, an expert).
-      kernel: the leaf's geometry; torch holds `(out, in)`, or `(out, in, k...)` for a convolution. None for a leaf that is
-        no weight of a product: it has the same shape in both.
+      kernel: the leaf's geometry; torch holds `(out, in)`, or `(out, in, k...)` for a convolution. None for a leaf that
+        is no weight of a product: it has the same shape in both.
       transposed: torch holds `(in, out)`: an embedding, or transformers' `Conv1D`.
     """
 
@@ -39,7 +39,7 @@ class Place:
     kernel: Kernel | None = None
     transposed: bool = False
 
-    def keys(self) -> Iterator[tuple[Index, str]]:
+    def torch_keys(self) -> Iterator[tuple[Index, str]]:
         """Each index on the batch axes and the torch name there."""
         shape = self.kernel.batch_shape if self.kernel else ()
         for index in itertools.product(*map(range, shape)):
@@ -92,7 +92,7 @@ def invert(layout: Layout) -> dict[str, Entry]:
     """
     entries: dict[str, Entry] = {}
     for path, place in layout.items():
-        for index, key in place.keys():
+        for index, key in place.torch_keys():
             if key in entries:
                 raise AdapterError(f"layout: {path!r} and {entries[key].path!r} both lie in the torch name {key!r}")
             entries[key] = Entry(path, index)

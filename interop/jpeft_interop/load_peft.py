@@ -175,8 +175,8 @@ class _Reading:
         same_scale = self.spec.alpha_of(one.module) == self.spec.alpha_of(other.module)
         if not same_scale or not all(np.array_equal(x, y) for x, y in pairs):
             raise AdapterError(
-                f"{self.file}: {one.module!r} and {other.module!r} are one tied weight, {path!r}, with different factors; "
-                "an adapter holds one change of a weight: save them as two adapters"
+                f"{self.file}: {one.module!r} and {other.module!r} are one tied weight, {path!r}, with different "
+                "factors; an adapter holds one change of a weight: save them as two adapters"
             )
         return embedding._replace(use=None)
 
@@ -239,8 +239,8 @@ class _Reading:
         found = leaf_from_torch(self.tensors[key], self.layout[entry.path])
         if found.shape != base.shape or not np.array_equal(found.astype(base.dtype), base):
             raise AdapterError(
-                f"{self.file}: key {key!r} is the base's own weight, and differs from {entry.path!r} in the params: the "
-                "adapter was trained on another base (a resized vocabulary?); load that base"
+                f"{self.file}: key {key!r} is the base's own weight, and differs from {entry.path!r} in the params: "
+                "the adapter was trained on another base (a resized vocabulary?); load that base"
             )
 
     def _replaced(self, name: str, key: str) -> tuple[Site, Leaves, None]:

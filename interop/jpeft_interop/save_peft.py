@@ -99,7 +99,7 @@ def _matrices(adapter: Adapter, layout: Layout) -> Iterator[_Matrix]:
             continue
         if site.path not in layout:
             raise AdapterError(f"the layout has no place for {site.path!r}; add one: Place(torch_key, kernel)")
-        for index, key in layout[site.path].keys():
+        for index, key in layout[site.path].torch_keys():
             chosen = site.layers is None or index[0] in site.layers
             if chosen and site.use != "product":
                 yield _Matrix(site, _module(site, key), index)
@@ -136,7 +136,7 @@ def _whole(
     adapter: Adapter, site: Site, flat: Mapping[str, Any], layout: Layout, adapted: set[str]
 ) -> Iterator[tuple[str, np.ndarray]]:
     place = layout[site.path]
-    for index, key in place.keys():
+    for index, key in place.torch_keys():
         module, _, leaf = key.rpartition(".")
         value = np.ascontiguousarray(leaf_to_torch(np.asarray(adapter.trained[site.path]["value"]), place, index))
         yield PREFIX + (f"{module}.base_layer.{leaf}" if module in adapted else key), value

@@ -116,7 +116,9 @@ def random_config(number: int) -> tuple[str, dict[str, Any]]:
         "init_lora_weights": draw.choice([True, False, "gaussian"]),
     }
     if isinstance(targets, list):
-        config["layers_to_transform"] = maybe([1], None) if names[-1] not in targets and "lm_head" not in targets else None
+        config["layers_to_transform"] = (
+            maybe([1], None) if names[-1] not in targets and "lm_head" not in targets else None
+        )
         config["exclude_modules"] = maybe([f"0.attn.{targets[0]}", targets[-1]], None) if len(targets) > 1 else None
         config["modules_to_save"] = maybe([draw.choice(saved)], None) if "lm_head" not in targets else None
     return family, config

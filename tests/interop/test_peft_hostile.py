@@ -182,7 +182,8 @@ def test_values_that_are_not_finite(folder, params, value, tmp_path, key):
 
 
 def test_another_base(folder):
-    refused(folder, {"block": {"q_proj": {"kernel": jnp.ones((8, 4))}, "v_proj": {"kernel": jnp.ones((6, 4))}}}, "(2, 8)")
+    wider = {"block": {"q_proj": {"kernel": jnp.ones((8, 4))}, "v_proj": {"kernel": jnp.ones((6, 4))}}}
+    refused(folder, wider, "(2, 8)")
     refused(folder, {"block": {"v_proj": {"kernel": jnp.ones((6, 4))}}}, "q_proj")
 
 

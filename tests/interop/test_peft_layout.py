@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from peft_twins import adapted, base, llama, save
 from safetensors.numpy import load_file
 
 import jpeft
 from jpeft_interop import Place, load_peft, params_from_torch, save_peft
+from peft_twins import adapted, base, llama, save
 
 HEADS, HEAD, LAYERS = 4, 8, 2
 

@@ -5,12 +5,12 @@ import json
 import numpy as np
 import pytest
 import torch
-from peft_twins import FAMILIES, adapted, base, gpt2, llama, load, random_config, save
 from safetensors.torch import load_file
 
 import jpeft
 from jpeft.tree import flatten
 from jpeft_interop import load_peft, params_from_torch, save_peft
+from peft_twins import FAMILIES, adapted, base, gpt2, llama, load, random_config, save
 
 WEIGHTS = "adapter_model.safetensors"
 
