@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.extend.core import JaxprEqn
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
 from jpeft.rewrite.moves import batch_axis, lead_batch
 from jpeft.rewrite.program import Program, plain_outputs
@@ -29,54 +29,86 @@ def closed_call(program: Program, eqn: JaxprEqn, values: Sequence[Any]) -> Outs:
 
 
 def remat(program: Program, eqn: JaxprEqn, values: Sequence[Any]) -> Outs:
-    body = lambda values: plain_outputs(program, program.evaluate(eqn.params["jaxpr"], (), values), "remat")
+    """Weights may leave as they came (`nnx.remat` returns the module's whole state)."""
+    body = lambda values: program.evaluate(eqn.params["jaxpr"], (), values)
+    if program.watch:
+        return body(values)
     again = jax.checkpoint(body, policy=eqn.params["policy"], prevent_cse=eqn.params["prevent_cse"])
     return again(list(values))
 
 
 def cond(program: Program, eqn: JaxprEqn, values: Sequence[Any]) -> Outs:
+    """What every branch hands back untouched (`nnx.cond`: the module's state) stays what it was."""
     index, *operands = values
-    branch = lambda closed: (
-        lambda ops: plain_outputs(program, program.evaluate(closed.jaxpr, closed.consts, ops), "cond")
-    )
-    return jax.lax.switch(index, [branch(closed) for closed in eqn.params["branches"]], operands)
+    branches = eqn.params["branches"]
+    same = set.intersection(*({*_passed_through(closed.jaxpr).items()} for closed in branches))
+
+    def branch(closed: ClosedJaxpr) -> Callable[[list[Any]], list[Any]]:
+        def run(operands: list[Any]) -> list[Any]:
+            outs = program.evaluate(closed.jaxpr, closed.consts, operands)
+            return plain_outputs(program, _without(outs, dict(same)), "cond")
+
+        return run
+
+    outs = jax.lax.switch(index, [branch(closed) for closed in branches], operands)
+    return _with(outs, {out: operands[given] for out, given in same})
 
 
 def while_(program: Program, eqn: JaxprEqn, values: Sequence[Any]) -> Outs:
-    """Weights that stay are closed over; one that is carried changes, so it goes in dense."""
+    """Weights that stay, or are carried unchanged, are closed over; one that changes goes in dense."""
     n_cond, n_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
     cond_jaxpr, body_jaxpr = eqn.params["cond_jaxpr"], eqn.params["body_jaxpr"]
-    cond_consts, body_consts = values[:n_cond], values[n_cond : n_cond + n_body]
-    carry = [program.as_array(v, "while", "carried through a loop") for v in values[n_cond + n_body :]]
+    cond_consts, body_consts, carry = values[:n_cond], values[n_cond : n_cond + n_body], values[n_cond + n_body :]
+    same = {i: carry[i] for i, given in _passed_through(body_jaxpr.jaxpr).items() if given == n_body + i}
+    changing = [program.as_array(v, "while", "carried through a loop") for v in _without(carry, same)]
 
     def test(carry: list[Any]) -> Any:
-        outs = program.evaluate(cond_jaxpr.jaxpr, cond_jaxpr.consts, [*cond_consts, *carry])
+        outs = program.evaluate(cond_jaxpr.jaxpr, cond_jaxpr.consts, [*cond_consts, *_with(carry, same)])
         return plain_outputs(program, outs, "while")[0]
 
     def step(carry: list[Any]) -> list[Any]:
-        outs = program.evaluate(body_jaxpr.jaxpr, body_jaxpr.consts, [*body_consts, *carry])
-        return plain_outputs(program, outs, "while")
+        outs = program.evaluate(body_jaxpr.jaxpr, body_jaxpr.consts, [*body_consts, *_with(carry, same)])
+        return plain_outputs(program, _without(outs, same), "while")
 
-    return jax.lax.while_loop(test, step, carry)
+    return _with(jax.lax.while_loop(test, step, changing), same)
 
 
 def scan(program: Program, eqn: JaxprEqn, values: Sequence[Any]) -> Outs:
     """A stacked weight is scanned with its branches beside it, a shared one is closed over: no copy of the base."""
     n, m, body = eqn.params["num_consts"], eqn.params["num_carry"], eqn.params["jaxpr"]
-    consts = values[:n]
-    carry = [program.as_array(v, "scan", "carried through a scan") for v in values[n : n + m]]
+    consts, carry = values[:n], values[n : n + m]
+    passed = _passed_through(body.jaxpr)
+    same = {i: carry[i] for i in range(m) if passed.get(i) == n + i}
+    back = {i: values[given] for i, given in passed.items() if i >= m and given >= n + m}  # scanned over and handed back
+    changing = [program.as_array(v, "scan", "carried through a scan") for v in _without(carry, same)]
     stacked = [_stacked(program, v) for v in values[n + m :]]
 
-    def step(carry: list[Any], slices: list[Any]) -> tuple[list[Any], list[Any]]:
+    def step(changing: list[Any], slices: list[Any]) -> tuple[list[Any], list[Any]]:
         xs = [_slice_of(v, sliced) for v, sliced in zip(stacked, slices, strict=True)]
-        outs = program.evaluate(body.jaxpr, body.consts, [*consts, *carry, *xs])
-        outs = plain_outputs(program, outs, "scan")
-        return outs[:m], outs[m:]
+        outs = program.evaluate(body.jaxpr, body.consts, [*consts, *_with(changing, same), *xs])
+        outs = plain_outputs(program, _without(outs, same | back), "scan")
+        return outs[: len(changing)], outs[len(changing) :]
 
     options = {name: eqn.params[name] for name in ("length", "reverse", "unroll")}
     scanned = [(v.value, lead_batch(v, _scan_axis(v)) if v.branches else []) if is_weight(v) else v for v in stacked]
-    carry, ys = jax.lax.scan(step, carry, scanned, **options)
-    return [*carry, *ys]
+    changed, ys = jax.lax.scan(step, changing, scanned, **options)
+    return _with([*changed, *ys], same | back)
+
+
+def _passed_through(jaxpr: Jaxpr) -> dict[int, int]:
+    """Which outputs are an input, untouched: positions of outputs and inputs."""
+    inputs = {var: i for i, var in enumerate(jaxpr.invars)}
+    return {i: inputs[var] for i, var in enumerate(jaxpr.outvars) if not isinstance(var, Literal) and var in inputs}
+
+
+def _without(items: Sequence[Any], at: Mapping[int, Any]) -> list[Any]:
+    return [item for i, item in enumerate(items) if i not in at]
+
+
+def _with(items: Sequence[Any], at: Mapping[int, Any]) -> list[Any]:
+    """The inverse of `_without`: `at` holds what stands at which positions of the whole."""
+    rest = iter(items)
+    return [at[i] if i in at else next(rest) for i in range(len(items) + len(at))]
 
 
 def _scan_axis(weight: Weight) -> int:
