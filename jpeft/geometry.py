@@ -50,7 +50,7 @@ def kernels(fn: Callable[..., Any], params: Any, *example: Any, **kwargs: Any) -
         rest = iter(arrays)
         merged = [next(rest) if _is_traced(leaf) else leaf for leaf in leaves]
         outs = evaluate(fn, program, merged, tree)[0]
-        head.update(out.path for out in outs if isinstance(out, Result))
+        head.update(out.path for out in outs if isinstance(out, Result) and not out.squashed)
         return [out.value if isinstance(out, (Result, Weight)) else out for out in outs]
 
     jax.make_jaxpr(trace)([leaf for leaf in leaves if _is_traced(leaf)])

@@ -37,6 +37,12 @@ def remat(program: Program, eqn: JaxprEqn, values: Sequence[Any]) -> Outs:
     return again(list(values))
 
 
+def opaque(program: Program, eqn: JaxprEqn, values: Sequence[Any]) -> Outs:
+    """A function with a derivative of its own: it keeps that, and gets dense weights. Only their geometry is read inside."""
+    closed = eqn.params["call_jaxpr"]
+    return program.evaluate(closed.jaxpr, closed.consts, values) if program.watch else None
+
+
 def cond(program: Program, eqn: JaxprEqn, values: Sequence[Any]) -> Outs:
     """What every branch hands back untouched (`nnx.cond`: the module's state) stays what it was."""
     index, *operands = values
@@ -79,7 +85,9 @@ def scan(program: Program, eqn: JaxprEqn, values: Sequence[Any]) -> Outs:
     consts, carry = values[:n], values[n : n + m]
     passed = _passed_through(body.jaxpr)
     same = {i: carry[i] for i in range(m) if passed.get(i) == n + i}
-    back = {i: values[given] for i, given in passed.items() if i >= m and given >= n + m}  # scanned over and handed back
+    back = {
+        i: values[given] for i, given in passed.items() if i >= m and given >= n + m
+    }  # scanned over and handed back
     changing = [program.as_array(v, "scan", "carried through a scan") for v in _without(carry, same)]
     stacked = [_stacked(program, v) for v in values[n + m :]]
 

@@ -36,10 +36,14 @@ class Use:
 
 @dataclass(frozen=True)
 class Result:
-    """The result of a product with a watched weight, as long as nothing but its shape has changed."""
+    """The result of a product with a watched weight, as long as it is no more than cut, shifted and scaled.
+
+    `squashed` by a tanh, it is a pooler's and no head's, unless a scale follows (a soft cap on logits).
+    """
 
     value: Any
     path: str
+    squashed: bool = False
 
 
 @dataclass
@@ -96,20 +100,24 @@ class Program:
         return value.dense()
 
     def _after_product(self, eqn: JaxprEqn, values: list[Any]) -> Sequence[Any]:
-        """Follows a product's result through what leaves it the output head's: casts, shapes, a bias, a scale."""
-        results = [v for v in values if isinstance(v, Result)]
+        """Follows a product's result through what leaves it the output head's: casts, shapes, a bias, a scale, a mask."""
+        name, results = eqn.primitive.name, [v for v in values if isinstance(v, Result)]
         others = [(v, atom) for v, atom in zip(values, eqn.invars, strict=True) if not isinstance(v, Result)]
         constant = all(is_weight(v) or isinstance(atom, Literal) for v, atom in others)
-        if len(results) == 1 and constant and eqn.primitive.name in HEAD_KEEPS and len(eqn.outvars) == 1:
-            plain = [v.value if isinstance(v, (Result, Weight)) else v for v in values]
-            return [Result(bind(eqn, plain)[0], results[0].path)]
+        if len(results) == 1 and (name in HEAD_PICKS or (constant and name in HEAD_KEEPS)):
+            plain = [v.value if isinstance(v, Result) else self.as_array(v, name, "") for v in values]
+            squashed = name == "tanh" or (results[0].squashed and name != "mul")
+            return [Result(bind(eqn, plain)[0], results[0].path, squashed)]
         self.passed_on.update(result.path for result in results)
         unwrapped = [v.value if isinstance(v, Result) else v for v in values]
         return self.rewrite(eqn, unwrapped) if any(map(is_weight, unwrapped)) else bind(eqn, unwrapped)
 
 
 INLINED = {"jit", "pjit", "closed_call", "core_call"}
-HEAD_KEEPS = {"convert_element_type", "reshape", "transpose", "squeeze", "slice", "add", "mul", "div", "tanh", "copy"}
+# What may happen to logits, all of one operand but constants and weights; and what picks some of them.
+HEAD_KEEPS = {"convert_element_type", "reshape", "transpose", "squeeze", "slice", "broadcast_in_dim", "copy"}
+HEAD_KEEPS |= {"sharding_constraint", "add", "mul", "div", "tanh"}
+HEAD_PICKS = {"gather", "dynamic_slice", "select_n"}
 
 
 def _check_dense(weight: Weight, branch: Branch, why: str) -> None:

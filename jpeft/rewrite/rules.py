@@ -27,6 +27,8 @@ RULES = {
     "core_call": control.closed_call,
     "remat2": control.remat,
     "checkpoint": control.remat,
+    "custom_vjp_call": control.opaque,
+    "custom_jvp_call": control.opaque,
     "scan": control.scan,
     "while": control.while_,
     "cond": control.cond,
