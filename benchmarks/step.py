@@ -3,8 +3,8 @@
     python benchmarks/step.py [--rank 8] [--rounds 9]
 
 The floor is the frozen base: forward, and backward through the activations only. All rows are compiled by one
-process and timed in turns; ratios are to the floor of the same round, their median and their 10th to 90th percentile. Public API
-only.
+process and timed in turns; ratios are to the floor of the same round, their median and their 10th to 90th percentile.
+Public API only.
 """
 
 import argparse

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.core import Tracer
 
 from jpeft.adapter import Adapter, Site
 from jpeft.errors import KernelError, MergeError, SpecError
@@ -39,7 +39,7 @@ def apply(params: Any, adapter: Adapters, weights: Weights = None) -> Any:
       SpecError: a weight on something that can't be scaled, or two adapters that replace the same leaf.
 
     Example:
-      >>> import jpeft
+      >>> import jax, jpeft
       >>> params = {"dense": {"kernel": jnp.ones((3, 2))}}
       >>> adapter = jpeft.init(jax.random.key(0), jpeft.LoRA(rank=1), params)
       >>> bool((apply(params, adapter)["dense"]["kernel"] == 1).all())
@@ -48,7 +48,7 @@ def apply(params: Any, adapter: Adapters, weights: Weights = None) -> Any:
     pairs = weighted_adapters(adapter, weights)
     flat = flatten(params)
     check_fit(flat, pairs)
-    new: dict[str, Array] = {}
+    new: dict[str, Any] = {}
     for path, effects in effects_by_path(pairs).items():
         _check_all_uses(path, effects)
         new[path] = adapted(new.get(path, flat[path]), effects)
@@ -67,7 +67,7 @@ def merge(params: Any, adapter: Adapters, weights: Weights = None) -> Any:
     """
     merged = apply(params, adapter, weights)
     for path, leaf in flatten(merged).items():
-        if isinstance(leaf, jax.core.Tracer):
+        if isinstance(leaf, Tracer):
             raise MergeError("merge checks values, so it can't run under jit; inside jit use jpeft.apply")
         if jnp.issubdtype(leaf.dtype, jnp.inexact) and not np.all(jnp.isfinite(leaf)):
             raise MergeError(f"{path!r} holds values that are not finite after merging; nothing was returned")

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from jpeft.lift import evaluate
+from jpeft.lift import Lifted, evaluate
 from jpeft.rewrite.program import Program, Use, plain_outputs
 from jpeft.rewrite.weight import is_weight
 
@@ -60,7 +60,7 @@ def coverage(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Coverage:
       0 factored, 1 dense, 0 unread
     """
     program = Program()
-    fn = getattr(fn, "unlifted", fn)
+    fn = fn.fn if isinstance(fn, Lifted) else fn
     leaves, tree = jax.tree.flatten((args, kwargs), is_leaf=is_weight)
 
     def trace(leaves: list[Any]) -> list[Any]:

@@ -7,15 +7,15 @@ activations does the method's product; what it has no rule for gets the dense we
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import wraps
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
 
 import jax
 import numpy as np
 
 from jpeft.errors import LiftError
 from jpeft.rewrite.program import Program, plain_outputs
-from jpeft.rewrite.weight import Weight, is_weight
+from jpeft.rewrite.weight import is_weight
 from jpeft.tree import nearest, nnx_type
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -41,12 +41,22 @@ def lift(fn: F, *, forward_mode: bool = False) -> F:
       (1, 2)
     """
 
-    @wraps(fn)
-    def lifted(*args: Any, **kwargs: Any) -> Any:
-        return run(fn, Program(forward_mode=forward_mode), args, kwargs)
+    return cast(F, Lifted(fn, forward_mode))
 
-    lifted.unlifted = fn  # pyright: ignore[reportFunctionMemberAccess]  # so that `coverage` can look inside
-    return lifted  # pyright: ignore[reportReturnType]
+
+@dataclass(frozen=True)
+class Lifted:
+    """What `lift` returns: called like `fn`. Two lifts of one function are equal, and share their compilations."""
+
+    fn: Callable[..., Any]
+    forward_mode: bool = False
+
+    @property
+    def __wrapped__(self) -> Callable[..., Any]:
+        return self.fn  # where `inspect.signature` looks
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return run(self.fn, Program(forward_mode=self.forward_mode), args, kwargs)
 
 
 def run(fn: Callable[..., Any], program: Program, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
@@ -98,6 +108,3 @@ def _refuse_modules(leaves: Sequence[Any]) -> None:
                 f"an nnx.Module ({type(leaf).__name__}) was passed to a lifted function; its state updates would be lost. "
                 "Split it: graph, state = nnx.split(model), and lift lambda state, x: nnx.merge(graph, state)(x)"
             )
-
-
-__all__ = ["Weight", "evaluate", "lift", "run"]

@@ -6,7 +6,7 @@ Targets are resolved on the base params alone. An adapter is another tree, so th
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -15,6 +15,7 @@ from jpeft.kernel import Kernel, Kernels
 from jpeft.tree import dotted, module_of, nearest
 
 V = TypeVar("V")
+Patterns = Mapping[str, V] | tuple[tuple[str, V], ...]
 ALL_LINEAR = "all-linear"
 
 
@@ -36,13 +37,13 @@ def frozen_names(names: str | Sequence[str], regex: bool = True) -> Any:
     return tuple(names)
 
 
-def frozen_mapping(mapping: Mapping[str, V] | tuple[tuple[str, V], ...]) -> tuple[tuple[str, V], ...]:
+def frozen_mapping(mapping: Patterns[V]) -> tuple[tuple[str, V], ...]:
     return tuple(mapping.items()) if isinstance(mapping, Mapping) else tuple((name, value) for name, value in mapping)
 
 
-def pattern_value(patterns: Iterable[tuple[str, V]], module: str, default: V) -> V:
+def pattern_value(patterns: Patterns[V], module: str, default: V) -> V:
     """The value of the first pattern that matches the dotted path, whole or from a dot to the end."""
-    for pattern, value in patterns:
+    for pattern, value in frozen_mapping(patterns):
         if re.match(rf"(.*\.)?({dotted(pattern)})$", dotted(module)):
             return value
     return default
@@ -56,7 +57,7 @@ def names_module(names: str | tuple[str, ...], module: str) -> bool:
     return any(name == dotted(n) or name.endswith("." + dotted(n)) for n in names)
 
 
-def saves_module(saved: tuple[str, ...], module: str) -> bool:
+def saves_module(saved: Sequence[str], module: str) -> bool:
     """Whether a module lies in one of those saved whole (a name of its path, or anything below it)."""
     parts = dotted(module)
     return any(re.match(rf"(^|.*\.){re.escape(dotted(name))}($|\..*)", parts) for name in saved)

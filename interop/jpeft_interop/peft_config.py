@@ -169,8 +169,8 @@ def _check_fields(config: Mapping[str, Any], file: str) -> None:
     start = config["init_lora_weights"]
     if start not in HARMLESS_INITS:
         raise AdapterError(
-            f"{file}: 'init_lora_weights' is {start!r}, which changes the base weights when PEFT loads the file; save it "
-            "in PEFT with path_initial_model_for_weight_conversion=... to get an ordinary LoRA"
+            f"{file}: 'init_lora_weights' is {start!r}, which changes the base weights when PEFT loads the file; save "
+            "it in PEFT with path_initial_model_for_weight_conversion=... to get an ordinary LoRA"
         )
 
 

@@ -18,7 +18,7 @@ from jpeft.atomic import write_folder
 from jpeft.errors import AdapterError
 from jpeft.kernel import Kernel
 from jpeft.methods import METHODS
-from jpeft.targets import Targets, is_kept, names_module, saves_module
+from jpeft.targets import Targets, frozen_mapping, is_kept, names_module, saves_module
 from jpeft.tree import flatten
 from jpeft_interop.layout import Index, Layout, default_layout, invert, leaf_to_torch, tied_heads
 from jpeft_interop.load_peft import CONFIG, WEIGHTS
@@ -88,7 +88,7 @@ class _Matrix(NamedTuple):
 
     site: Site
     module: str
-    index: Index
+    at: Index
     as_head: bool = False
 
 
@@ -154,7 +154,7 @@ def _exported_spec(adapter: Adapter, layout: Layout) -> jpeft.LoRA:
     if not matrices:
         raise AdapterError("every kernel has rank 0: PEFT has no LoRA without a factor")
     rank = {matrix.module: matrix.site.rank for matrix in matrices}
-    alpha = {matrix.module: _alpha(adapter, matrix.site, matrix.index) for matrix in matrices}
+    alpha = {matrix.module: _alpha(adapter, matrix.site, matrix.at) for matrix in matrices}
     spec = _with_targets(spec, set(rank), layout)
     if spec.rank == 0:
         spec = replace(spec, rank=max(rank.values()), alpha=spec.alpha_of(""))
@@ -163,7 +163,7 @@ def _exported_spec(adapter: Adapter, layout: Layout) -> jpeft.LoRA:
     if any(_differs(spec, name, rank[name], alpha[name]) for name in rank):
         base = float(spec.rank if spec.alpha is None else spec.alpha)
         spec = replace(spec, alpha_pattern={_escaped(name): a for name, a in alpha.items() if a != base})
-    return replace(spec, rank_pattern={name: r for name, r in spec.rank_pattern if r > 0})
+    return replace(spec, rank_pattern={name: r for name, r in frozen_mapping(spec.rank_pattern) if r > 0})
 
 
 def _escaped(module: str) -> str:

@@ -10,9 +10,9 @@ A and B are these, transposed.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from jpeft.errors import SpecError
 from jpeft.kernel import Kernel
 from jpeft.low_rank import low_rank, low_rank_plain
 from jpeft.method import Leaves, Method
-from jpeft.targets import Targets, frozen_mapping, frozen_names, pattern_value
+from jpeft.targets import Patterns, Targets, frozen_mapping, frozen_names, pattern_value
 
 Bias = Literal["none", "all", "lora_only"]
 Init = Literal["kaiming", "gaussian"]
@@ -64,8 +64,8 @@ class LoRA:
     exclude: str | Sequence[str] = ()
     layers_to_transform: int | Sequence[int] | None = None
     layers_pattern: str | Sequence[str] = ()
-    rank_pattern: Mapping[str, int] | tuple[tuple[str, int], ...] = ()
-    alpha_pattern: Mapping[str, float] | tuple[tuple[str, float], ...] = ()
+    rank_pattern: Patterns[int] = ()
+    alpha_pattern: Patterns[float] = ()
     rank_stabilized: bool = False
     dropout: float = 0.0
     factor_bias: bool = False
@@ -96,7 +96,9 @@ class LoRA:
     @property
     def where(self) -> Targets:
         """The part of the spec that says which weights are meant."""
-        return Targets(self.targets, self.exclude, self.layers_to_transform, self.layers_pattern, self.modules_to_save)  # pyright: ignore[reportArgumentType]
+        layers: Any = self.layers_to_transform  # a tuple or None since __post_init__
+        names = frozen_names(self.targets), frozen_names(self.exclude)
+        return Targets(*names, layers, frozen_names(self.layers_pattern, regex=False), tuple(self.modules_to_save))
 
     def rank_of(self, module: str) -> int:
         """r of the module at a path."""
@@ -113,7 +115,7 @@ class LoRA:
 
 
 def _check(spec: LoRA) -> None:
-    for name, rank in (("rank", spec.rank), *spec.rank_pattern):
+    for name, rank in (("rank", spec.rank), *frozen_mapping(spec.rank_pattern)):
         if not isinstance(rank, int) or isinstance(rank, bool) or rank < 0:
             raise SpecError(f"LoRA: {name} must be an integer >= 0; found {rank!r}")
     if not 0 <= spec.dropout < 1:
