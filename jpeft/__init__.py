@@ -1,4 +1,4 @@
-"""Parameter-efficient fine-tuning for JAX: adapters are pytrees, applied to an unmodified model by a function of its params."""
+"""Parameter-efficient fine-tuning for JAX: adapters are pytrees, applied to a model by a function of its params."""
 
 from importlib.metadata import PackageNotFoundError, version
 

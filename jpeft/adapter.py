@@ -78,10 +78,12 @@ class Adapter:
 
     @property
     def spec(self) -> Spec:
+        """What was asked for."""
         return self.meta.spec
 
     @property
     def sites(self) -> tuple[Site, ...]:
+        """What is done, weight by weight, sorted by path."""
         return self.meta.sites
 
     def replace(self, **parts: Any) -> Adapter:
@@ -200,6 +202,7 @@ class Count:
 
     @property
     def percent(self) -> float:
+        """Of all parameters, how many in a hundred are trained."""
         return 100 * self.trainable / self.total
 
     def __str__(self) -> str:

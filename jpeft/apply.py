@@ -165,8 +165,8 @@ def _check_all_uses(path: str, effects: Sequence[Effect]) -> None:
     for site, _ in effects:
         if site.use is not None:
             raise MergeError(
-                f"{path!r} is read both as a lookup and as the output head, and the adapter acts on the {site.use} alone: no "
-                "single weight does that. Run it with jpeft.lift and jpeft.attach"
+                f"{path!r} is read both as a lookup and as the output head, and the adapter acts on the {site.use} "
+                "alone: no single weight does that. Run it with jpeft.lift and jpeft.attach"
             )
 
 

@@ -1,4 +1,4 @@
-"""Everything jpeft raises on purpose. All are ValueErrors, so that one `except` suffices:
+"""Everything jpeft raises on purpose. All are ValueErrors, so that one `except` suffices.
 
 JpeftError
 ├── SpecError        a spec that means nothing: no such target, a bad hyperparameter, a spec where an adapter belongs

@@ -20,8 +20,8 @@ def kernels(fn: Callable[..., Any], params: Any, *example: Any, **kwargs: Any) -
     """Traces `fn(params, *example, **kwargs)` abstractly and reports the geometry of every weight in it.
 
     Axes come from the operations that a weight reaches, not from names or shapes: contracted, output and batch axes of
-    products, lookups and convolutions, under scan, remat, cond and jit. The output head is a product that nothing but the
-    function's result reads.
+    products, lookups and convolutions, under scan, remat, cond and jit. The output head is a product that nothing but
+    the function's result reads.
 
     Args:
       fn: the forward function, returning logits (not a loss).
@@ -104,7 +104,8 @@ def _geometry(shape: tuple[int, ...], uses: list[Use], head: bool) -> Kernel | s
     for use in exact:
         other = _axes(use, shape)
         if other is None or {other[:2], other[1::-1]}.isdisjoint({axes[:2]}):
-            return f"has uses of different geometry: {first.equation} contracts {axes[0]}, {use.equation} {other and other[0]}"
+            found = f"{first.equation} contracts {axes[0]}, {use.equation} {other and other[0]}"
+            return f"has uses of different geometry: {found}"
     kind = "embedding" if lookups else "conv" if first.how == "conv" else "product"
     contracted, output, batch = axes
     met = tuple(use.how if use.roles is not None else use.equation for use in uses)

@@ -42,23 +42,27 @@ class Kernel:
     def __post_init__(self) -> None:
         if sorted((*self.batch, *self.contracted, *self.output)) != list(range(len(self.shape))):
             raise KernelError(
-                f"axes of a weight of shape {self.shape}: each must be contracted, output or batch, exactly once; found "
-                f"contracted {self.contracted}, output {self.output}, batch {self.batch}"
+                f"axes of a weight of shape {self.shape}: each must be contracted, output or batch, exactly once; "
+                f"found contracted {self.contracted}, output {self.output}, batch {self.batch}"
             )
 
     def sizes(self, axes: tuple[int, ...]) -> tuple[int, ...]:
+        """How long these axes are."""
         return tuple(self.shape[axis] for axis in axes)
 
     @property
     def batch_shape(self) -> tuple[int, ...]:
+        """The shape of the batch axes: how many matrices there are."""
         return self.sizes(self.batch)
 
     @property
     def fan_in(self) -> int:
+        """The rows of each matrix: the product of the contracted axes."""
         return math.prod(self.sizes(self.contracted))
 
     @property
     def fan_out(self) -> int:
+        """The columns of each matrix: the product of the output axes."""
         return math.prod(self.sizes(self.output))
 
 

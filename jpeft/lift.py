@@ -40,7 +40,6 @@ def lift(fn: F, *, forward_mode: bool = False) -> F:
       >>> f(jpeft.attach(params, adapter), jnp.ones((1, 3))).shape
       (1, 2)
     """
-
     return cast(F, Lifted(fn, forward_mode))
 
 
@@ -56,6 +55,7 @@ class Lifted:
         return self.fn  # where `inspect.signature` looks
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """`fn(*args, **kwargs)`, adapted weights factored."""
         return run(self.fn, Program(forward_mode=self.forward_mode), args, kwargs)
 
 
@@ -71,8 +71,8 @@ def run(fn: Callable[..., Any], program: Program, args: Sequence[Any], kwargs: d
     if unread:
         read = sorted({use.path for use in program.uses})
         raise LiftError(
-            f"{len(unread)} adapted weights are never read by this function, {unread[0]!r} first; it reads {nearest(unread[0], read)}. "
-            "Leave them out with exclude=, or lift the function that reads them"
+            f"{len(unread)} adapted weights are never read by this function, {unread[0]!r} first; it reads "
+            f"{nearest(unread[0], read)}. Leave them out with exclude=, or lift the function that reads them"
         )
     return jax.tree.unflatten(out_tree, plain_outputs(program, outs, "output"))
 
@@ -105,6 +105,6 @@ def _refuse_modules(leaves: Sequence[Any]) -> None:
     for leaf in leaves:
         if isinstance(leaf, nnx_type("Module")):
             raise LiftError(
-                f"an nnx.Module ({type(leaf).__name__}) was passed to a lifted function; its state updates would be lost. "
-                "Split it: graph, state = nnx.split(model), and lift lambda state, x: nnx.merge(graph, state)(x)"
+                f"an nnx.Module ({type(leaf).__name__}) was passed to a lifted function; its state updates would be "
+                "lost. Split it: graph, state = nnx.split(model), and lift lambda state, x: nnx.merge(graph, state)(x)"
             )

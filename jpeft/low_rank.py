@@ -1,9 +1,9 @@
 """The low-rank branch `s (x A) B`, arranged so that it costs what its arithmetic costs.
 
-Autodiff of the branch as everyone writes it does the right arithmetic slowly: XLA:CPU fuses each skinny product with the
-additions beside it, and a fused product leaves the library call for a plain loop. Here the backward pass is written out
-over two-dimensional operands, and `optimization_barrier` keeps every product a library call. `benchmarks/step.py` measures
-it against the frozen model.
+Autodiff of the branch as everyone writes it does the right arithmetic slowly: XLA:CPU fuses each skinny product with
+the additions beside it, and a fused product leaves the library call for a plain loop. Here the backward pass is written
+out over two-dimensional operands, and `optimization_barrier` keeps every product a library call. `benchmarks/step.py`
+measures it against the frozen model.
 """
 
 from __future__ import annotations

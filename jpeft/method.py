@@ -15,11 +15,13 @@ Leaves = dict[str, Array]
 class Product(Protocol):
     """The method inside a product of the model, without forming the adapted weight.
 
-    `x` (*batch, rows, in) is the product's input, after dropout where there is some, and `y` (*batch, rows, out) the frozen
-    product's result. Returns the adapted result.
+    `x` (*batch, rows, in) is the product's input, after dropout where there is some, and `y` (*batch, rows, out) the
+    frozen product's result. Returns the adapted result.
     """
 
-    def __call__(self, x: Array, y: Array, leaves: Leaves, *, forward_mode: bool) -> Array: ...
+    def __call__(self, x: Array, y: Array, leaves: Leaves, *, forward_mode: bool) -> Array:
+        """The adapted result."""
+        ...
 
 
 class Method(NamedTuple):
@@ -29,7 +31,7 @@ class Method(NamedTuple):
       transform: `(W, leaves) -> W'`: the definition, dense, on matrices `(*batch, in, out)`.
       matrices: `(leaves, kernel) -> leaves`, each leaf's own axes joined: A `(*batch, *contracted, r)` becomes
         `(*batch, in, r)`.
-      delta: `leaves -> ΔW` where `W' = W + ΔW`; None for methods that do not add. Only these can be weighted and add up.
+      delta: `leaves -> ΔW` where `W' = W + ΔW`; None for methods that do not add. Only these can be weighted.
       weighted: `(leaves, weight) -> leaves` with `weight * ΔW`; goes with `delta`.
       product: the fast path through a product; None leaves the dense weight.
       transposed: the leaves of the same adapter on `Wᵀ`; None where such a product has to be dense.

@@ -38,6 +38,7 @@ def frozen_names(names: str | Sequence[str], regex: bool = True) -> Any:
 
 
 def frozen_mapping(mapping: Patterns[V]) -> tuple[tuple[str, V], ...]:
+    """Pairs of a mapping, or of pairs: hashable."""
     return tuple(mapping.items()) if isinstance(mapping, Mapping) else tuple((name, value) for name, value in mapping)
 
 
@@ -88,8 +89,9 @@ def resolve(where: Targets, kernels: Kernels) -> list[str]:
     kept = [path for path in matched if is_kept(where, path, kernels[path])]
     if matched and not kept:
         raise SpecError(
-            f"targets {where.targets!r} match {len(matched)} weights, but exclude={where.exclude!r}, layers_to_transform="
-            f"{where.layers!r}, layers_pattern={where.layers_pattern!r} and modules_to_save={where.saved!r} leave none"
+            f"targets {where.targets!r} match {len(matched)} weights, but exclude={where.exclude!r}, "
+            f"layers_to_transform={where.layers!r}, layers_pattern={where.layers_pattern!r} and "
+            f"modules_to_save={where.saved!r} leave none"
         )
     if not kept and where.targets and not where.saved:
         raise SpecError(
@@ -131,6 +133,5 @@ def _check_names(where: Targets, kernels: Kernels) -> None:
         hidden = [path for path in unknown if names_module(names, module_of(path))]
         if hidden:
             raise KernelError(f"target {name!r}: {hidden[0]!r} {unknown[hidden[0]]}")
-        raise SpecError(
-            f"target {name!r} matches nothing; the nearest are {nearest(dotted(name), map(dotted, map(module_of, kernels)))}"
-        )
+        modules = [dotted(module_of(path)) for path in kernels]
+        raise SpecError(f"target {name!r} matches nothing; the nearest are {nearest(dotted(name), modules)}")

@@ -25,7 +25,8 @@ def nnx_type(name: str) -> type | tuple[()]:
 
 
 def is_box(x: Any) -> bool:
-    return isinstance(x, AxisMetadata) or isinstance(x, nnx_type("Variable"))
+    """Whether `x` is a wrapper around one array, to be looked through."""
+    return isinstance(x, (AxisMetadata, nnx_type("Variable")))
 
 
 def _key_name(key: Any) -> str:
@@ -99,6 +100,7 @@ def module_of(path: str) -> str:
 
 
 def dotted(path: str) -> str:
+    """A path as torch and PEFT write it."""
     return path.replace("/", ".")
 
 

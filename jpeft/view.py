@@ -1,6 +1,6 @@
 """Where the axes of a weight are while it moves through a program: under `.T`, `reshape`, a slice of stacked layers.
 
-Each dimension of the moving array is a tuple of atoms; an atom is a part of one original axis, `index = stride * i + …`.
+Each dimension of the moving array is a tuple of atoms; an atom is a part of one original axis, `index = stride * i`.
 A transpose permutes dimensions, a reshape splits or joins atoms, and nothing is ever guessed: a move that has no exact
 answer gives None, and the weight is then used as a dense array.
 """
@@ -15,6 +15,8 @@ from jax import Array
 
 
 class Atom(NamedTuple):
+    """A part of an axis: `size` steps of `stride` along `axis`."""
+
     axis: int
     stride: int
     size: int
@@ -30,16 +32,21 @@ Dim = tuple[Atom, ...]
 
 @dataclass(frozen=True)
 class View:
+    """The dimensions of an array, each in atoms of the original axes."""
+
     dims: tuple[Dim, ...]
 
     @classmethod
     def whole(cls, shape: tuple[int, ...]) -> View:
+        """The array as it lies in the params."""
         return cls(tuple((Atom(axis, 1, size),) for axis, size in enumerate(shape)))
 
     def transpose(self, permutation: tuple[int, ...]) -> View:
+        """The view after a transpose."""
         return View(tuple(self.dims[i] for i in permutation))
 
     def drop(self, dimensions: tuple[int, ...]) -> View:
+        """The view without these dimensions."""
         return View(tuple(dim for i, dim in enumerate(self.dims) if i not in dimensions))
 
     def insert(self, rank: int, kept: tuple[int, ...]) -> View:
@@ -60,14 +67,17 @@ class View:
         return View(tuple(dims))
 
     def atoms(self, dimensions: tuple[int, ...]) -> list[Atom]:
+        """The atoms of these dimensions, in order."""
         return [atom for i in dimensions for atom in self.dims[i]]
 
     @property
     def all_atoms(self) -> list[Atom]:
+        """Every atom, in order."""
         return self.atoms(tuple(range(len(self.dims))))
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """The array's shape."""
         return tuple(math.prod(atom.size for atom in dim) for dim in self.dims)
 
 

@@ -3,8 +3,8 @@
     W' = W + s A B,    s = alpha / r  (rank-stabilised: alpha / sqrt(r)),    y = x W' + b (+ s b_B)
 
 with W (in, out), A (in, r), B (r, out). Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models",
-arXiv:2106.09685; the rank-stabilised scaling is Kalajdzievski 2023, arXiv:2312.03732. The papers write y = W x, so their
-A and B are these, transposed.
+arXiv:2106.09685; the rank-stabilised scaling is Kalajdzievski 2023, arXiv:2312.03732. The papers write y = W x, so
+their A and B are these, transposed.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class LoRA:
     Args:
       rank: r of every kernel that `rank_pattern` does not name; 0 is legal and does nothing.
       alpha: the numerator of the scaling; `rank` if None.
-      targets: `"all-linear"`, a regex (matched whole, against the module's path written with dots), or names: a module's
-        path, whole or a suffix at a separator; `/` and `.` are the same.
+      targets: `"all-linear"`, a regex (matched whole, against the module's path written with dots), or names: a
+        module's path, whole or a suffix at a separator; `/` and `.` are the same.
       exclude: names or a regex, never targeted.
       layers_to_transform: layer numbers to adapt; all if None.
       layers_pattern: the path parts in front of a layer number (`"layers"`, `"h"`); any if empty.

@@ -22,6 +22,7 @@ def jit(program: Program, eqn: JaxprEqn, values: Sequence[Any]) -> Outs:
 
 
 def closed_call(program: Program, eqn: JaxprEqn, values: Sequence[Any]) -> Outs:
+    """Inlined, as `jit` is."""
     closed = eqn.params["call_jaxpr"]
     if hasattr(closed, "jaxpr"):
         return program.evaluate(closed.jaxpr, closed.consts, values)
@@ -38,7 +39,7 @@ def remat(program: Program, eqn: JaxprEqn, values: Sequence[Any]) -> Outs:
 
 
 def opaque(program: Program, eqn: JaxprEqn, values: Sequence[Any]) -> Outs:
-    """A function with a derivative of its own: it keeps that, and gets dense weights. Only their geometry is read inside."""
+    """A function with a derivative of its own keeps it, and gets dense weights. Only their geometry is read inside."""
     closed = eqn.params["call_jaxpr"]
     return program.evaluate(closed.jaxpr, closed.consts, values) if program.watch else None
 

@@ -26,10 +26,12 @@ def _moved(eqn: JaxprEqn, values: Sequence[Any], view: View | None) -> Outs:
 
 
 def transpose(program: Program, eqn: JaxprEqn, values: Sequence[Any]) -> Outs:
+    """Other order, same weight."""
     return _moved(eqn, values, values[0].view.transpose(eqn.params["permutation"]))
 
 
 def reshape(program: Program, eqn: JaxprEqn, values: Sequence[Any]) -> Outs:
+    """Axes split or joined."""
     if eqn.params.get("dimensions") is not None:
         return None
     return _moved(eqn, values, values[0].view.reshape(tuple(eqn.params["new_sizes"])))
@@ -61,10 +63,12 @@ def convert_element_type(program: Program, eqn: JaxprEqn, values: Sequence[Any])
 
 
 def unchanged(program: Program, eqn: JaxprEqn, values: Sequence[Any]) -> Outs:
+    """A name, a copy, a sharding: the base gets it, the branches need none."""
     return _moved(eqn, values, values[0].view) if len(values) == 1 else None
 
 
 def barrier(program: Program, eqn: JaxprEqn, values: Sequence[Any]) -> Outs:
+    """Several values held together, weights among them."""
     outs = bind(eqn, [v.value if is_weight(v) else v for v in values])
     return [v.moved(out, v.view) if is_weight(v) else out for v, out in zip(values, outs, strict=True)]
 
@@ -81,6 +85,7 @@ def slice_(program: Program, eqn: JaxprEqn, values: Sequence[Any]) -> Outs:
 
 
 def dynamic_slice(program: Program, eqn: JaxprEqn, values: Sequence[Any]) -> Outs:
+    """`stack[i]` where `i` is only known when the program runs."""
     weight, *starts = values
     if not is_weight(weight) or any(map(is_weight, starts)):
         return None

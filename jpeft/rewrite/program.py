@@ -100,7 +100,7 @@ class Program:
         return value.dense()
 
     def _after_product(self, eqn: JaxprEqn, values: list[Any]) -> Sequence[Any]:
-        """Follows a product's result through what leaves it the output head's: casts, shapes, a bias, a scale, a mask."""
+        """Follows a product's result through what leaves it the head's: casts, shapes, a bias, a scale, a mask."""
         name, results = eqn.primitive.name, [v for v in values if isinstance(v, Result)]
         others = [(v, atom) for v, atom in zip(values, eqn.invars, strict=True) if not isinstance(v, Result)]
         constant = all(is_weight(v) or isinstance(atom, Literal) for v, atom in others)

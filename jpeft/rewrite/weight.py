@@ -45,12 +45,15 @@ class Weight:
     is_adapted_weight = True
 
     def moved(self, value: Array, view: View) -> Weight:
+        """The same weight elsewhere."""
         return replace(self, value=value, view=view)
 
     def with_branches(self, branches: Any, batch: tuple[int, ...]) -> Weight:
+        """The same weight with fewer batch axes left."""
         return replace(self, branches=branches, batch=batch)
 
     def role(self, axes: tuple[int, ...]) -> list[Atom]:
+        """The atoms of some original axes."""
         return [atom for atom in self.view.all_atoms if atom.axis in axes]
 
     @property
@@ -92,4 +95,5 @@ class Weight:
 
 
 def is_weight(x: Any) -> bool:
+    """Whether `x` is an adapted or a watched weight."""
     return isinstance(x, Weight)
