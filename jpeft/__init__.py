@@ -1,6 +1,6 @@
 """Parameter-efficient fine-tuning for JAX: adapters are pytrees, applied to a model by a function of its params."""
 
-from importlib.metadata import PackageNotFoundError, version
+from importlib import metadata as _metadata
 
 from jpeft.adapter import Adapter as Adapter
 from jpeft.adapter import Count as Count
@@ -16,6 +16,7 @@ from jpeft.errors import KernelError as KernelError
 from jpeft.errors import LiftError as LiftError
 from jpeft.errors import MergeError as MergeError
 from jpeft.errors import SpecError as SpecError
+from jpeft.errors import WeightsError as WeightsError
 from jpeft.geometry import kernels as kernels
 from jpeft.kernel import Kernel as Kernel
 from jpeft.kernel import Kernels as Kernels
@@ -25,6 +26,6 @@ from jpeft.save import load as load
 from jpeft.save import save as save
 
 try:
-    __version__ = version("jpeft")
-except PackageNotFoundError:  # a checkout that is not installed
+    __version__ = _metadata.version("jpeft")
+except _metadata.PackageNotFoundError:  # a checkout that is not installed
     __version__ = "0+unknown"

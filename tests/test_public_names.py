@@ -22,6 +22,7 @@ JPEFT = (
     "LoRA",
     "MergeError",
     "SpecError",
+    "WeightsError",
     "apply",
     "attach",
     "count",
@@ -36,9 +37,12 @@ JPEFT = (
 
 JPEFT_INTEROP = (
     "Place",
+    "generate",
+    "load_model",
     "load_peft",
     "params_from_torch",
     "params_to_torch",
+    "save_model",
     "save_peft",
 )
 

@@ -1,7 +1,10 @@
 """jpeft's outside world: Hugging Face and torch formats, reference models in Flax, the command line."""
 
+from jpeft_interop.generate import generate as generate
 from jpeft_interop.layout import Place as Place
+from jpeft_interop.load_model import load_model as load_model
 from jpeft_interop.load_peft import load_peft as load_peft
+from jpeft_interop.save_model import save_model as save_model
 from jpeft_interop.save_peft import save_peft as save_peft
 from jpeft_interop.torch_params import params_from_torch as params_from_torch
 from jpeft_interop.torch_params import params_to_torch as params_to_torch
