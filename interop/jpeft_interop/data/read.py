@@ -1,0 +1,169 @@
+"""Files of examples: .txt (documents apart by blank lines), .jsonl (`text` or `messages`), .csv (`text`, `label`).
+
+Every row is used or named in an error; none is skipped.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from jpeft_interop.data.errors import DataError
+from jpeft_interop.data.records import Conversation, Document, Labelled, Message, Record
+
+T = TypeVar("T")
+Rows = Iterator[tuple[str, Mapping[str, Any]]]
+
+
+def read(path: str | Path, *, whole: bool = False) -> list[Record]:
+    r"""What a language model learns: all documents and conversations of a file, in its order.
+
+    Args:
+      path: a .txt, .jsonl (`text` or `messages`) or .csv (`text`) file, UTF-8.
+      whole: a .txt file is one document; otherwise blank lines part documents.
+
+    Raises:
+      DataError: a row has neither text nor messages, or the file is none of the three; names file and line.
+      OSError: the file can't be read.
+
+    Example:
+      >>> import tempfile
+      >>> path = Path(tempfile.mkdtemp()) / "a.txt"
+      >>> _ = path.write_text("one\n\ntwo\n")
+      >>> [record.text for record in read(path)]
+      ['one', 'two']
+    """
+    return _some(Path(path), [_unlabelled(row, where) for where, row in _rows(Path(path), whole)])
+
+
+def read_labelled(path: str | Path) -> list[Labelled]:
+    """What a classifier learns: all texts of a .csv or .jsonl file with `text` and `label`, in its order.
+
+    Raises:
+      DataError: a row lacks either, or the file is neither of the two; names file and line.
+      OSError: the file can't be read.
+    """
+    path = Path(path)
+    if path.suffix == ".txt":
+        raise DataError(f"{path}: classification needs labels, which a .txt has not; give a .csv with text and label")
+    return _some(path, [_labelled(row, where) for where, row in _rows(path, False)])
+
+
+def _some(path: Path, records: list[T]) -> list[T]:
+    if not records:
+        raise DataError(f"{path} holds no examples")
+    return records
+
+
+def _rows(path: Path, whole: bool) -> Rows:
+    match path.suffix:
+        case ".txt":
+            return _documents(path, whole)
+        case ".jsonl":
+            return _json_lines(path)
+        case ".csv":
+            return _csv_rows(path)
+    raise DataError(f"{path}: expected a file that ends in .txt, .jsonl or .csv; found {path.suffix or 'no ending'!r}")
+
+
+def _text_of(path: Path) -> str:
+    """The file's text, its line ends as they are."""
+    content = path.read_bytes()
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise DataError(f"{path}:{line}: expected UTF-8; found byte {error.object[error.start]:#04x}") from None
+
+
+def _documents(path: Path, whole: bool) -> Rows:
+    text = _text_of(path).replace("\r\n", "\n")
+    for found in re.finditer(r"\S(?s:.*)" if whole else r"(?:.*\S.*(?:\n|\Z))+", text):
+        yield f"{path}:{text.count(chr(10), 0, found.start()) + 1}", {"text": found.group().rstrip()}
+
+
+def _json_lines(path: Path) -> Rows:
+    for number, line in enumerate(_text_of(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{where}: not JSON: {error.msg} at column {error.colno}") from None
+        if not isinstance(row, dict):
+            raise DataError(f"{where}: expected a JSON object; found {type(row).__name__}")
+        yield where, row
+
+
+def _csv_rows(path: Path) -> Rows:
+    text = _text_of(path)
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    header: list[str] | None = None
+    limit = csv.field_size_limit(len(text) + 1)  # csv's own, 131,072 characters, is too short for documents
+    try:
+        for row in reader:
+            where = f"{path}:{reader.line_num}"
+            if header is None:
+                header = _header(row, where)
+            elif len(row) == len(header):
+                yield where, dict(zip(header, row, strict=True))
+            elif row:
+                raise DataError(f"{where}: expected {len(header)} fields, as the header has; found {len(row)}")
+    except csv.Error as error:
+        raise DataError(f"{path}:{reader.line_num}: not CSV: {error}") from None
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _header(row: list[str], where: str) -> list[str]:
+    if "text" not in row or len(set(row)) != len(row):
+        raise DataError(f"{where}: expected a header that names each column once, `text` among them; found {row}")
+    return row
+
+
+def _unlabelled(row: Mapping[str, Any], where: str) -> Record:
+    if "messages" in row and "text" in row:
+        raise DataError(f"{where}: expected `text` or `messages`; found both")
+    if "messages" in row:
+        return Conversation(_messages(row["messages"], where), where)
+    return Document(_text(row, where, "`text` or `messages`"), where)
+
+
+def _labelled(row: Mapping[str, Any], where: str) -> Labelled:
+    text, label = _text(row, where, "`text` and `label`"), row.get("label")
+    if isinstance(label, bool) or not isinstance(label, (str, int)) or label == "":
+        raise DataError(f"{where}: expected a `label`, a string or an integer; found {label!r}")
+    return Labelled(text, label, where)
+
+
+def _text(row: Mapping[str, Any], where: str, expected: str) -> str:
+    text = row.get("text")
+    if not isinstance(text, str):
+        raise DataError(f"{where}: expected {expected}; found {_fields(row)}")
+    if not text.strip():
+        raise DataError(f"{where}: the text is empty")
+    return text
+
+
+def _fields(row: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} ({type(value).__name__})" for name, value in row.items()) or "no fields"
+
+
+def _messages(messages: Any, where: str) -> tuple[Message, ...]:
+    if not isinstance(messages, list) or not messages:
+        raise DataError(f"{where}: expected `messages`, a list of at least one; found {messages!r:.60}")
+    return tuple(_message(message, f"{where}, message {number}") for number, message in enumerate(messages, 1))
+
+
+def _message(message: Any, where: str) -> Message:
+    fields = message if isinstance(message, dict) else {}
+    role, content = fields.get("role"), fields.get("content")
+    if not isinstance(role, str) or not isinstance(content, str) or len(fields) != 2:
+        raise DataError(f"{where}: expected an object of two strings, `role` and `content`; found {message!r:.60}")
+    return Message(role, content)

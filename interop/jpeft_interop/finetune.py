@@ -1,0 +1,222 @@
+"""Fine-tuning a model folder on a file of examples, from the one to a PEFT folder; what `jpeft finetune` does."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+
+import jpeft
+from jpeft_interop import data, train
+from jpeft_interop.base import CLASSIFICATION, TASKS, Base, load_base
+from jpeft_interop.metrics import MetricsLog
+from jpeft_interop.plot import plot_loss
+from jpeft_interop.progress import watched
+from jpeft_interop.save_peft import save_peft
+from jpeft_interop.snapshots import Snapshots, discard, fingerprint, fingerprint_of_rows
+from jpeft_interop.tokenizer import Tokenizer, load_tokenizer
+
+ADAPTER, METRICS, PLOT, LABELS, SNAPSHOTS = "adapter", "metrics.jsonl", "loss.png", "labels.json", "checkpoints"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to fine-tune.
+
+    Attributes:
+      spec: the adapter.
+      task: `causal-lm` or `classification`.
+      lr: the highest learning rate.
+      warmup: the share of the steps in which it rises.
+      weight_decay: of AdamW, on the adapter.
+      clip: the norm that gradients are clipped to.
+      steps: how many; if None, as many as `epochs` take.
+      epochs: passes over the data.
+      batch_size: rows a step.
+      accumulate: parts that a batch is split into, to save memory.
+      seq_len: tokens a row.
+      holdout: the share of examples held out.
+      seed: of everything drawn.
+      save_every: steps between snapshots.
+      dtype: of the base's params; the weights' own if None.
+      whole_txt: a .txt file is one document.
+      remat: save memory by computing again.
+    """
+
+    spec: jpeft.LoRA
+    task: str = "causal-lm"
+    lr: float = 5e-4
+    warmup: float = 0.05
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    steps: int | None = None
+    epochs: float = 1.0
+    batch_size: int = 4
+    accumulate: int = 1
+    seq_len: int = 256
+    holdout: float = 0.1
+    seed: int = 0
+    save_every: int = 50
+    dtype: str | None = None
+    whole_txt: bool = False
+    remat: bool = False
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of it: steps done, and the held-out scores before and after (None where nothing is held out)."""
+
+    steps: int
+    before: train.Score | None
+    after: train.Score | None
+
+
+@dataclass(frozen=True)
+class _Examples:
+    """The data of a run, as rows."""
+
+    rows: data.Rows
+    held_out: data.Rows | None
+    labels: data.Labels | None = None
+    truncated: int = 0
+
+
+def finetune(
+    model: str | Path, file: str | Path, out: str | Path, settings: Settings, *, console: Console, resume: bool = True
+) -> Result:
+    """Trains an adapter; `out` gets `adapter/` (PEFT's format), `metrics.jsonl`, `loss.png` and `checkpoints/`.
+
+    A run that was interrupted goes on where its last snapshot was, to the same result bit for bit.
+
+    Args:
+      model: a Hugging Face folder.
+      file: a .txt, .jsonl or .csv file, see `data.read`.
+      out: a folder, made if need be.
+      settings: how.
+      console: where to show it.
+      resume: go on with a run that is there; otherwise its snapshots are dropped.
+
+    Raises:
+      JpeftError: of the kind that says what is wrong: data, tokenizer, weights, spec, or a run that can't be resumed.
+    """
+    out = Path(out)
+    with console.status("Reading the data …"):
+        tokenizer = load_tokenizer(model)
+        examples = _examples(file, tokenizer, settings)
+    with console.status("Loading the model …"):
+        base = _base(model, settings, examples.labels)
+        adapter = _adapter(base, settings, examples.rows)
+    steps = _steps(settings, examples.rows)
+    console.print(f"{jpeft.count(base.params, adapter)}", highlight=False)
+    console.print(_what(examples, steps, settings), highlight=False)
+    if not resume:
+        discard(out / SNAPSHOTS)
+    state, log = _train(base, adapter, examples, steps, settings, out, console)
+    _write(out, state, base, examples, log)
+    return Result(steps, log.scores.get(0), log.scores.get(steps))
+
+
+def _examples(file: str | Path, tokenizer: Tokenizer, settings: Settings) -> _Examples:
+    share, seed, length = settings.holdout, settings.seed, settings.seq_len
+    if TASKS[settings.task] is CLASSIFICATION:
+        texts = data.read_labelled(file)
+        labels, (learnt, held_out) = data.labels_of(texts), data.split(texts, share, seed)
+        rows = lambda part: data.padded(part, tokenizer, length, labels)
+        cut = data.truncated(texts, tokenizer, length)
+        return _Examples(rows(learnt), rows(held_out) if held_out else None, labels, cut)
+    learnt, held_out = data.split(data.read(file, whole=settings.whole_txt), share, seed)
+    rows = lambda part: data.packed(part, tokenizer, length)
+    return _Examples(rows(learnt), rows(held_out) if held_out else None)
+
+
+def _base(model: str | Path, settings: Settings, labels: data.Labels | None) -> Base:
+    count = len(labels.names) if labels else None
+    key = jax.random.fold_in(jax.random.key(settings.seed), 1)
+    return load_base(model, TASKS[settings.task], dtype=settings.dtype, labels=count, key=key)
+
+
+def _adapter(base: Base, settings: Settings, rows: data.Rows) -> jpeft.Adapter:
+    """A classifier's head is new, so it is trained whole."""
+    spec = dataclasses.replace(settings.spec, modules_to_save=(*settings.spec.modules_to_save, *base.heads))
+    kernels = jpeft.kernels(lambda params, ids: base.forward(params, ids).logits, base.params, rows["input_ids"][:2])
+    return jpeft.init(jax.random.key(settings.seed), spec, base.params, kernels=kernels)
+
+
+def _steps(settings: Settings, rows: data.Rows) -> int:
+    if settings.steps is not None:
+        return settings.steps
+    return max(1, math.ceil(settings.epochs * data.size_of(rows) / settings.batch_size))
+
+
+def _what(examples: _Examples, steps: int, settings: Settings) -> str:
+    held_out = data.size_of(examples.held_out) if examples.held_out else 0
+    rows, length = examples.rows["input_ids"].shape
+    cut = f", {examples.truncated} texts cut to {settings.seq_len} tokens" if examples.truncated else ""
+    return f"{rows} rows of {length} tokens, {held_out} held out{cut}; {steps} steps of {settings.batch_size} rows"
+
+
+def _train(
+    base: Base, adapter: jpeft.Adapter, examples: _Examples, steps: int, settings: Settings, out: Path, console: Console
+) -> tuple[train.State, MetricsLog]:
+    optimizer = train.adamw(
+        settings.lr, steps, warmup=settings.warmup, clip=settings.clip, weight_decay=settings.weight_decay
+    )
+    batches = data.shuffled(examples.rows, settings.batch_size, settings.seed)
+    state = train.start(adapter, optimizer, jax.random.fold_in(jax.random.key(settings.seed), 2))
+    score = _scorer(base, examples, settings, console)
+    with Snapshots(out / SNAPSHOTS, _run(base, adapter, examples, steps, settings)) as snapshots:
+        state = snapshots.restore(state, batches)
+        log = MetricsLog(out / METRICS, done=int(state.step))
+        if log.done:
+            console.print(f"going on after step {log.done}", highlight=False)
+        log.held_out(0, lambda: score(state.adapter))
+        step = train.step(base.forward, optimizer, accumulate=settings.accumulate, remat=settings.remat)
+        run = train.run(step, state, base.params, batches)
+        for state, metrics in watched(run, steps, console, done=log.done):
+            log.step(metrics)
+            if log.done % settings.save_every == 0 or log.done == steps:
+                snapshots.save(state, batches)
+        log.held_out(steps, lambda: score(state.adapter))
+    return state, log
+
+
+def _scorer(base: Base, examples: _Examples, settings: Settings, console: Console) -> Callable[[Any], Any]:
+    score = train.scorer(base.forward)
+
+    def held_out(adapter: jpeft.Adapter) -> train.Score | None:
+        if examples.held_out is None:
+            return None
+        with console.status("Scoring what is held out …"):
+            return score(base.params, adapter, data.in_order(examples.held_out, settings.batch_size))
+
+    return held_out
+
+
+def _run(base: Base, adapter: jpeft.Adapter, examples: _Examples, steps: int, settings: Settings) -> dict[str, Any]:
+    """What the run is made of: whatever changes its result."""
+    made_elsewhere = ("spec", "steps", "epochs", "holdout", "seq_len", "save_every", "whole_txt")
+    plain = {name: value for name, value in vars(settings).items() if name not in made_elsewhere}
+    return {
+        "spec": dataclasses.asdict(adapter.spec),
+        "base": fingerprint(base.params),
+        "data": fingerprint_of_rows(examples.rows),
+        "number of steps": steps,
+        **plain,
+    }
+
+
+def _write(out: Path, state: train.State, base: Base, examples: _Examples, log: MetricsLog) -> None:
+    folder = str(base.folder)
+    save_peft(out / ADAPTER, state.adapter, params=base.params, base_model=folder, task_type=base.task.peft)
+    held_out = {step: score.loss for step, score in log.scores.items()}
+    plot_loss(out / PLOT, log.losses, held_out, f"LoRA on {base.folder.name}")
+    if examples.labels is not None:
+        names = {"id2label": examples.labels.id2label, "label2id": examples.labels.label2id}
+        (out / LABELS).write_text(json.dumps(names, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,71 @@
+"""The figures of a run, a JSON object a line, so that anything can read them while it goes on."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jpeft_interop.train import Metrics, Score
+
+STEP, HELD_OUT = "training", "held out"
+
+
+class MetricsLog:
+    """`metrics.jsonl`: what each step told, and the held-out scores.
+
+    Attributes:
+      done: the number of the last step.
+      losses: of step 1, 2 and so on.
+      scores: on what is held out, by the number of steps done.
+
+    Args:
+      path: the file. Of an earlier run, what came after step `done` is dropped, since those steps come again.
+      done: steps done.
+    """
+
+    def __init__(self, path: Path, done: int) -> None:
+        self.path, self.done = path, done
+        kept = [row for row in _rows(path) if row["step"] <= done] if done else []
+        self.losses: list[float] = [row["loss"] for row in kept if row["kind"] == STEP]
+        self.scores = {
+            row["step"]: Score(row["loss"], row["accuracy"], row["labels"]) for row in kept if row["kind"] == HELD_OUT
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(map(_line, kept)), encoding="utf-8")
+
+    def step(self, metrics: Metrics) -> None:
+        """Notes the next step."""
+        self.done += 1
+        figures = {field.name: getattr(metrics, field.name).item() for field in dataclasses.fields(metrics)}
+        self.losses.append(figures["loss"])
+        self._append({"kind": STEP, "step": self.done, **figures})
+
+    def held_out(self, step: int, score: Callable[[], Score | None]) -> None:
+        """Notes the score after so many steps, unless it is noted already, or there is none."""
+        found = None if step in self.scores else score()
+        if found is not None:
+            self.scores[step] = found
+            figures = {**dataclasses.asdict(found), "perplexity": found.perplexity}
+            self._append({"kind": HELD_OUT, "step": step, **figures})
+
+    def _append(self, row: dict[str, Any]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(_line(row))
+
+
+def _line(row: dict[str, Any]) -> str:
+    return json.dumps(row) + "\n"
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    """The lines that are whole: a process that dies may leave half of one."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows

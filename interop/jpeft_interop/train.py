@@ -1,0 +1,233 @@
+"""Training an adapter: one pure step, the loss it lowers, and a score for what was held out.
+
+    state = train.start(adapter, optimizer, key)
+    step  = train.step(forward, optimizer)
+    for batch in batches:
+        state, metrics = step(state, params, batch)
+
+A batch is a mapping of arrays with `labels` among them, the rest being what `forward` takes by name. `labels` are at
+the places of the logits: of a language model the next token, of a classifier the class; `IGNORE` (-100) where there is
+nothing to learn.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+import jpeft
+from jpeft_interop.data.rows import IGNORE
+
+Batch = Mapping[str, Any]
+Forward = Callable[..., Any]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class State:
+    """All that changes in training, a pytree.
+
+    Attributes:
+      adapter: as far as it has learnt.
+      optimizer: the optimizer's state.
+      step: steps done, an int32 scalar.
+      key: a PRNG key; each step's dropout is drawn from it and the step's number.
+    """
+
+    adapter: jpeft.Adapter
+    optimizer: optax.OptState
+    step: Array
+    key: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Tally:
+    """Sums over labels, a pytree: what batches add up to.
+
+    Attributes:
+      loss: the negative log-likelihoods, summed, fp32.
+      right: how many labels were the likeliest.
+      labels: how many there were.
+    """
+
+    loss: Array
+    right: Array
+    labels: Array
+
+    def __add__(self, other: Tally) -> Tally:
+        return jax.tree.map(jnp.add, self, other)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Metrics:
+    """What one step tells: scalars.
+
+    Attributes:
+      loss: the mean over the batch's labels.
+      accuracy: the share of labels that were the likeliest.
+      grad_norm: the gradient's norm, before it is clipped.
+      labels: how many labels there were.
+      tokens: how many tokens were read, padding apart.
+    """
+
+    loss: Array
+    accuracy: Array
+    grad_norm: Array
+    labels: Array
+    tokens: Array
+
+
+@dataclass(frozen=True)
+class Score:
+    """Means over the labels of a data set."""
+
+    loss: float
+    accuracy: float
+    labels: int
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss)."""
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+
+def cross_entropy(logits: Array, labels: Array) -> Tally:
+    """Softmax cross-entropy in fp32, summed over the labels that are not `IGNORE`.
+
+    Args:
+      logits: (..., classes).
+      labels: (...), integers.
+
+    Example:
+      >>> cross_entropy(jnp.zeros((3, 2)), jnp.array([0, 1, IGNORE])).labels
+      Array(2, dtype=int32)
+    """
+    counted, logits = labels != IGNORE, logits.astype(jnp.float32)
+    safe = jnp.where(counted, labels, 0)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, safe)
+    right = jnp.argmax(logits, axis=-1) == safe
+    return Tally(jnp.sum(losses, where=counted), jnp.sum(right & counted), jnp.sum(counted))
+
+
+def adamw(
+    lr: float, steps: int, *, warmup: float = 0.05, clip: float = 1.0, weight_decay: float = 0.0
+) -> optax.GradientTransformation:
+    """AdamW on clipped gradients; the rate rises over the `warmup` share of the steps and falls to 0 along a cosine.
+
+    Example:
+      >>> adamw(1e-3, 100).init({"a": jnp.zeros(2)}) is not None
+      True
+    """
+    rate = optax.warmup_cosine_decay_schedule(0.0, lr, max(1, round(warmup * steps)), max(2, steps))
+    return optax.chain(optax.clip_by_global_norm(clip), optax.adamw(rate, weight_decay=weight_decay))
+
+
+def start(adapter: jpeft.Adapter, optimizer: optax.GradientTransformation, key: Array) -> State:
+    """The state before the first step. It holds copies: a step gives its state's memory to the next one."""
+    adapter, key = jax.tree.map(jnp.copy, (adapter, key))
+    return State(adapter, optimizer.init(adapter.trained), jnp.zeros((), jnp.int32), key)
+
+
+def step(
+    forward: Forward, optimizer: optax.GradientTransformation, *, accumulate: int = 1, remat: bool = False
+) -> Callable[[State, Any, Batch], tuple[State, Metrics]]:
+    """A compiled training step, `(state, params, batch) -> (state, metrics)`, that changes nothing but the adapter.
+
+    The base is an argument, so that it is no constant of the program; the old state's memory is reused for the new one.
+
+    Args:
+      forward: a plain `forward(params, **inputs)` whose result has `.logits`; the step lifts it.
+      optimizer: of optax.
+      accumulate: split each batch into that many parts, one after the other; the same step in less memory.
+      remat: compute again in the backward pass what is cheap (all but the matrix products); slower, in less memory.
+    """
+    lifted = jpeft.lift(forward)
+
+    def total_loss(trained: Any, adapter: jpeft.Adapter, params: Any, batch: Batch, key: Array) -> tuple[Array, Tally]:
+        attached = jpeft.attach(params, adapter.replace(trained=trained), dropout_key=key)
+        tally = _tally(lifted, attached, batch)
+        return tally.loss, tally
+
+    if remat:
+        total_loss = jax.checkpoint(total_loss, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
+
+    @partial(jax.jit, donate_argnums=0)
+    def run(state: State, params: Any, batch: Batch) -> tuple[State, Metrics]:
+        key = jax.random.fold_in(state.key, state.step)
+        gradient = lambda part, number: jax.grad(total_loss, has_aux=True)(
+            state.adapter.trained, state.adapter, params, part, jax.random.fold_in(key, number)
+        )
+        summed, tally = _accumulated(gradient, batch, accumulate)
+        return _updated(state, optimizer, summed, tally, _tokens(batch))
+
+    return run
+
+
+def _tally(lifted: Forward, params: Any, batch: Batch) -> Tally:
+    inputs = {name: array for name, array in batch.items() if name != "labels"}
+    return cross_entropy(lifted(params, **inputs).logits, batch["labels"])
+
+
+def _tokens(batch: Batch) -> Array:
+    return jnp.sum(batch["attention_mask"]) if "attention_mask" in batch else jnp.asarray(batch["input_ids"].size)
+
+
+def _accumulated(gradient: Callable[[Batch, Any], tuple[Any, Tally]], batch: Batch, parts: int) -> tuple[Any, Tally]:
+    """The sum of `gradient(part, number)` over the parts of a batch."""
+    if parts == 1:
+        return gradient(batch, 0)
+    split = jax.tree.map(lambda array: array.reshape(parts, -1, *array.shape[1:]), batch)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(lambda: gradient(_part(split, 0), 0)))
+    add = lambda sums, part: jax.tree.map(jnp.add, sums, gradient(*part))
+    return jax.lax.scan(lambda sums, part: (add(sums, part), None), zeros, (split, jnp.arange(parts)))[0]
+
+
+def _part(split: Batch, number: int) -> Batch:
+    return jax.tree.map(lambda array: array[number], split)
+
+
+def _updated(
+    state: State, optimizer: optax.GradientTransformation, summed: Any, tally: Tally, tokens: Array
+) -> tuple[State, Metrics]:
+    """The next state, from gradients of the summed loss: the mean over labels is taken once, over the whole batch."""
+    labels = jnp.maximum(tally.labels, 1)
+    gradient = jax.tree.map(lambda g: g / labels.astype(g.dtype), summed)
+    updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.adapter.trained)
+    trained = optax.apply_updates(state.adapter.trained, updates)
+    metrics = Metrics(tally.loss / labels, tally.right / labels, optax.global_norm(gradient), tally.labels, tokens)
+    return State(state.adapter.replace(trained=trained), optimizer_state, state.step + 1, state.key), metrics
+
+
+def run(
+    step: Callable[[State, Any, Batch], tuple[State, Metrics]], state: State, params: Any, batches: Iterable[Batch]
+) -> Iterator[tuple[State, Metrics]]:
+    """Step after step, as long as there are batches; each state is good until the next one is asked for."""
+    for batch in batches:
+        state, metrics = step(state, params, batch)
+        yield state, metrics
+
+
+def scorer(forward: Forward) -> Callable[[Any, jpeft.Adapter, Iterable[Batch]], Score]:
+    """A function `(params, adapter, batches) -> Score`, compiled once and good for any adapter of the same spec."""
+    lifted = jpeft.lift(forward)
+
+    @jax.jit
+    def tally(params: Any, adapter: jpeft.Adapter, batch: Batch) -> Tally:
+        return _tally(lifted, jpeft.attach(params, adapter), batch)
+
+    def score(params: Any, adapter: jpeft.Adapter, batches: Iterable[Batch]) -> Score:
+        tallies = [jax.device_get(tally(params, adapter, batch)) for batch in batches]
+        loss, labels = sum(float(t.loss) for t in tallies), sum(int(t.labels) for t in tallies)
+        return Score(loss / max(labels, 1), sum(int(t.right) for t in tallies) / max(labels, 1), labels)
+
+    return score
