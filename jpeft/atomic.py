@@ -64,7 +64,7 @@ def write_folder(
         fresh.mkdir()
         fill(fresh)
         _sync_all(fresh)
-        with _lock(target.parent):
+        with locked(target.parent):
             _refuse_loss(target, fresh, replaceable)
             _swap_in(fresh, target)
 
@@ -103,7 +103,7 @@ def _room_beside(target: Path) -> Iterator[Path]:
     """A hidden folder on the target's file system, locked while this process lives, and removed at the end."""
     target.parent.mkdir(parents=True, exist_ok=True)
     room = _hidden(target, NEW)
-    with _lock(target.parent):
+    with locked(target.parent):
         _recover(target)
         room.mkdir()
         alive = os.open(room, os.O_RDONLY)
@@ -112,14 +112,22 @@ def _room_beside(target: Path) -> Iterator[Path]:
         yield room
         _sync(target.parent)
     finally:
-        with _lock(target.parent):
+        with locked(target.parent):
             shutil.rmtree(room, ignore_errors=True)
         os.close(alive)
 
 
 @contextlib.contextmanager
-def _lock(folder: Path, wait: bool = True) -> Iterator[bool]:
-    """Hold the lock of a folder, which ends with the process at the latest. Yields whether it is held."""
+def locked(folder: Path, wait: bool = True) -> Iterator[bool]:
+    """Hold the lock of a folder, which ends with the process at the latest.
+
+    Args:
+      folder: exists; its parent is locked while one of these functions puts it into place.
+      wait: until another writer lets go.
+
+    Yields:
+      Whether it is held: not where it is taken, or the file system has no locks.
+    """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         yield _try_lock(descriptor, wait)
@@ -156,7 +164,7 @@ def _recover(target: Path) -> None:
     for old in olds:
         shutil.rmtree(old, ignore_errors=True)
     for room in _leftovers(target, NEW):
-        with _lock(room, wait=False) as dead:
+        with locked(room, wait=False) as dead:
             if dead:
                 shutil.rmtree(room, ignore_errors=True)
 

@@ -95,7 +95,8 @@ def match(weights: Weights, table: Table, shapes: Mapping[str, Any], family: Fam
             sources[path] = found[0]
             ignored |= _tied(weights, found[0], found[1:])
     missing = [path for path in table if path not in sources]
-    unexpected = [key for key in weights if key not in ignored and key not in set(sources.values())]
+    accounted = {*sources.values(), *ignored}
+    unexpected = [key for key in weights if key not in accounted]
     ignored |= _harmless(unexpected, table, family)
     absent = [rename(table[path].key) for path in missing]
     _refuse_unexpected(weights, [key for key in unexpected if key not in ignored], absent or list(keys), model)

@@ -50,10 +50,12 @@ def require_same_shapes(found: Mapping[str, Any], expected: Mapping[str, Any], w
       WeightsError: names the path, the expected and the found shape.
     """
     for path, leaf in found.items():
-        if tuple(np.shape(leaf)) != tuple(expected[path].shape):
+        if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
+            raise WeightsError(f"{path!r}: expected an array, found a {type(leaf).__name__}")
+        if tuple(leaf.shape) != tuple(expected[path].shape):
             raise WeightsError(
                 f"{path!r} has the wrong shape for {where}: expected {tuple(expected[path].shape)}, "
-                f"found {tuple(np.shape(leaf))}"
+                f"found {tuple(leaf.shape)}"
             )
 
 

@@ -11,7 +11,7 @@ import hashlib
 import os
 from pathlib import Path
 
-from jpeft.atomic import write_folder
+from jpeft.atomic import locked, write_folder
 from jpeft.errors import WeightsError
 
 CACHE_VARIABLE = "JPEFT_CACHE"
@@ -58,7 +58,11 @@ def convert_gguf(path: str | os.PathLike, cache: str | os.PathLike | None = None
         raise WeightsError(f"{path} is not a GGUF file, and no folder that holds one")
     folder = Path(cache or cache_folder()) / f"{file.stem}-{_digest(file)}"
     if not folder.is_dir():
-        write_folder(folder, lambda fresh: _convert(file, fresh))
+        turn = folder.parent / ".converting"
+        turn.mkdir(parents=True, exist_ok=True)
+        with locked(turn):  # of two processes the second waits, and finds what it wants
+            if not folder.is_dir():
+                write_folder(folder, lambda fresh: _convert(file, fresh))
     return folder
 
 

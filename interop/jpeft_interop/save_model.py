@@ -73,7 +73,8 @@ def save_model(
 
 def _with_dtype(config: dict[str, Any], flat: Mapping[str, Any]) -> dict[str, Any]:
     """The config, naming the dtype that holds all params exactly: transformers casts to it when it loads."""
-    dtype = jnp.result_type(*{jnp.dtype(leaf.dtype) for leaf in flat.values()})
+    dtypes = {np.dtype(leaf.dtype) for leaf in flat.values()}
+    dtype = dtypes.pop() if len(dtypes) == 1 else jnp.result_type(*dtypes)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise WeightsError(f"the params: expected floating point arrays, found {dtype.name} among them")
     name = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
