@@ -27,7 +27,7 @@ quickstart: $(STAMP) ## fine-tune SmolLM2-135M with LoRA in JAX, and check the a
 	$(BIN)/jpeft quickstart $(ARGS)
 
 test: $(STAMP) ## run the tests: make test ARGS="tests/test_lift.py -k scan" for some of them
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations 10 $(ARGS)
 
 lint: $(STAMP) ## ruff: rules and format
 	$(BIN)/ruff check .
