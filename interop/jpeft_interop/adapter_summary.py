@@ -1,0 +1,182 @@
+"""What an adapter on the disk holds, told without its base: ranks, scalings, shapes and norms."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import jpeft
+from jpeft.errors import AdapterError
+from jpeft.methods import METHODS
+from jpeft.tree import dotted, module_of
+from jpeft_interop.json_file import read_json_object
+from jpeft_interop.load_peft import CONFIG, WEIGHTS, read_peft_config
+from jpeft_interop.lora_keys import split_key
+from jpeft_interop.peft_config import DEFAULTS
+from jpeft_interop.safetensors_file import read_safetensors
+
+
+@dataclass(frozen=True)
+class Factors:
+    """A pair of low-rank factors.
+
+    Attributes:
+      module: where it acts.
+      rank: r.
+      alpha: the numerator of the scaling.
+      scaling: s; the largest, where stacked layers differ.
+      a: shape of A, as it is stored.
+      b: shape of B.
+      dtype: of both, or of each.
+      norm_a: the Frobenius norm of A.
+      norm_b: that of B.
+      norm: that of the change, `s A B`.
+      size: the number of entries.
+    """
+
+    module: str
+    rank: int
+    alpha: float
+    scaling: float
+    a: tuple[int, ...]
+    b: tuple[int, ...]
+    dtype: str
+    norm_a: float
+    norm_b: float
+    norm: float
+    size: int
+
+
+@dataclass(frozen=True)
+class Plain:
+    """A param that is trained whole, or a bias: its name, shape, dtype, Frobenius norm, and number of entries."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    norm: float
+    size: int
+
+
+@dataclass(frozen=True)
+class Summary:
+    """An adapter.
+
+    Attributes:
+      kind: what kind of file or folder it is.
+      config: the fields that differ from their defaults.
+      factors: one record a module.
+      plain: one a param beside them.
+    """
+
+    kind: str
+    config: Mapping[str, Any]
+    factors: tuple[Factors, ...]
+    plain: tuple[Plain, ...]
+
+    @property
+    def size(self) -> int:
+        """The number of entries of all arrays."""
+        return sum(one.size for one in (*self.factors, *self.plain))
+
+
+def summarise(path: str | os.PathLike[str]) -> Summary:
+    """What a PEFT folder or a file of `jpeft.save` holds.
+
+    Values that are not finite do not stop it: they show in the norms.
+
+    Raises:
+      AdapterError: there is nothing, or nothing that can be read.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise AdapterError(f"{path}: no such folder or file; expected a PEFT folder, or a jpeft .safetensors file")
+    return _of_folder(path) if path.is_dir() else _of_file(path)
+
+
+def _of_folder(folder: Path) -> Summary:
+    spec = read_peft_config(folder).spec
+    found = read_json_object(folder / CONFIG)
+    config = {name: value for name, value in sorted(found.items()) if value != DEFAULTS.get(name)}
+    tensors, _ = read_safetensors(folder / WEIGHTS)
+    modules: dict[str, dict[str, np.ndarray]] = {}
+    plain: list[Plain] = []
+    for key, tensor in tensors.items():
+        name, leaf = split_key(key, str(folder / WEIGHTS))
+        if leaf in ("a", "b"):
+            modules.setdefault(name, {})[leaf] = tensor
+        else:
+            plain.append(_plain(name if leaf is None else f"{name}.lora_B.bias", tensor))
+    factors = tuple(_pair(name, leaves, spec, folder / WEIGHTS) for name, leaves in sorted(modules.items()))
+    return Summary("PEFT folder, LoRA", config, factors, tuple(sorted(plain, key=lambda one: one.name)))
+
+
+def _pair(module: str, leaves: Mapping[str, np.ndarray], spec: jpeft.LoRA, file: Path) -> Factors:
+    """torch's A (r, in, …) and B (out, r, …) as matrices (in, r) and (r, out)."""
+    if set(leaves) != {"a", "b"}:
+        raise AdapterError(f"{file}: {module!r} has only its factor {next(iter(leaves)).upper()}")
+    rank, width = leaves["a"].shape[0], leaves["b"].shape[1] if leaves["b"].ndim > 1 else None
+    if width != rank:
+        raise AdapterError(
+            f"{file}: {module!r}: A of shape {leaves['a'].shape} and B of shape {leaves['b'].shape} have no rank in common"
+        )
+    a = leaves["a"].reshape(rank, -1).T if rank else np.zeros((1, 0))
+    b = leaves["b"].reshape(leaves["b"].shape[0], -1)[:, :rank].T
+    scaling = spec.scaling(rank, spec.alpha_of(module))
+    return _factors(module, spec.alpha_of(module), np.asarray(scaling), a, b, leaves)
+
+
+def _of_file(file: Path) -> Summary:
+    adapter = jpeft.load(file)
+    spec = adapter.spec
+    factors: list[Factors] = []
+    plain: list[Plain] = []
+    for site in adapter.sites:
+        leaves = {name: np.asarray(leaf) for name, leaf in adapter.leaves(site.path).items()}
+        if site.method != "lora":
+            plain += [_plain(dotted(site.path), leaf) for leaf in leaves.values()]
+            continue
+        matrices = METHODS[site.method].matrices(adapter.leaves(site.path), site.kernel)
+        a, b, scaling = (np.asarray(matrices[name]) for name in ("a", "b", "scaling"))
+        module = dotted(module_of(site.path))
+        factors.append(_factors(module, spec.alpha_of(module_of(site.path)), scaling, a, b, leaves))
+        plain += [_plain(f"{module}.lora_B.bias", leaves["bias"])] if "bias" in leaves else []
+    return Summary(f"jpeft file, {type(spec).__name__}", _differing(spec), tuple(factors), tuple(plain))
+
+
+def _differing(spec: Any) -> dict[str, Any]:
+    default = lambda field: None if field.default is MISSING else field.default
+    return {
+        field.name: getattr(spec, field.name) for field in fields(spec) if getattr(spec, field.name) != default(field)
+    }
+
+
+def _factors(
+    module: str, alpha: float, scaling: np.ndarray, a: np.ndarray, b: np.ndarray, stored: Mapping[str, np.ndarray]
+) -> Factors:
+    dtypes = dict.fromkeys(str(stored[name].dtype) for name in ("a", "b"))
+    sizes = stored["a"].size + stored["b"].size
+    largest = float(np.max(scaling, initial=0.0))
+    norms = _norm(stored["a"]), _norm(stored["b"]), _norm_of_product(scaling, a, b)
+    shapes = stored["a"].shape, stored["b"].shape
+    return Factors(module, a.shape[-1], alpha, largest, *shapes, " ".join(dtypes), *norms, sizes)
+
+
+def _plain(name: str, tensor: np.ndarray) -> Plain:
+    return Plain(name, tensor.shape, str(tensor.dtype), _norm(tensor), tensor.size)
+
+
+def _norm(array: np.ndarray) -> float:
+    return float(np.linalg.norm(array.astype(np.float64).reshape(-1)))
+
+
+def _norm_of_product(scaling: np.ndarray, a: np.ndarray, b: np.ndarray) -> float:
+    """‖s A B‖ by ‖A B‖² = tr(Bᵀ Aᵀ A B) = <Aᵀ A, B Bᵀ>: two r x r matrices, and A B is not formed."""
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    inner = np.sum((a.mT @ a) * (b @ b.mT), axis=(-2, -1))
+    return float(np.sqrt(np.maximum(np.sum(scaling.astype(np.float64) ** 2 * inner), 0.0)))

@@ -1,0 +1,271 @@
+"""A model's folder and an adapter, folded into a new ordinary Hugging Face folder, tensor by tensor.
+
+The base stays in its mapped file: a weight is read, changed, written and dropped before the next one is touched.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+
+import jpeft
+from jpeft.adapter import Meta, Site
+from jpeft.errors import MergeError, WeightsError
+from jpeft.tree import flatten, module_of
+from jpeft_interop.any_adapter import load_adapter
+from jpeft_interop.arrays import host, is_finite, own
+from jpeft_interop.checkpoint import match, model_table
+from jpeft_interop.fit import some
+from jpeft_interop.load_model import hf_folder, read_config
+from jpeft_interop.models import Family, build, family, pure
+from jpeft_interop.save_model import save_model
+from jpeft_interop.torch_table import TorchKey, nest, to_jax, to_torch_shape
+from jpeft_interop.weights import Weights, read_weights
+
+UNTIE = "tie_word_embeddings"
+MODULE = "module"
+BLOCK = 1 << 22  # entries of a weight that are worked on at once
+
+Beside = tuple[tuple[str, tuple[int, ...]], ...]
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What was done.
+
+    Attributes:
+      changed: paths of the weights that the adapter changed.
+      kept: how many tensors were copied as they were.
+      left_out: why a key of the base's folder is not in the new one, by key.
+    """
+
+    changed: tuple[str, ...]
+    kept: int
+    left_out: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Lazy:
+    """A leaf that is made when someone asks for its values, and forgotten after: what `save_model` writes."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    make: Callable[[], np.ndarray]
+    changed: bool
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """The values."""
+        return np.asarray(self.make(), dtype)
+
+
+def merge_folder(
+    model: str | os.PathLike[str],
+    adapter: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    untie: bool = False,
+    max_shard_bytes: int = 5_000_000_000,
+    on_start: Callable[[int], None] = lambda tensors: None,
+    on_tensor: Callable[[], None] = lambda: None,
+) -> Merged:
+    """Write the model of `model` with the adapter folded in to the folder `out`.
+
+    The change is computed in fp32, checked to be finite, and rounded to each weight's own dtype. Config, tokenizer and
+    whatever else is no weight come along. `out` appears whole or not at all.
+
+    Args:
+      model: the base's Hugging Face folder (or a GGUF file, converted once).
+      adapter: a PEFT folder, or a file of `jpeft.save`.
+      out: the new folder.
+      untie: where the adapter acts on one side of a weight that is both embedding and output head, write two weights,
+        and a config with `tie_word_embeddings` false.
+      max_shard_bytes: where to split into shards.
+      on_start: told the number of tensors before the first is read.
+      on_tensor: called at each tensor that is done.
+
+    Raises:
+      MergeError: a tie that would break, a merged value that is not finite, or a bias with no place in the base.
+      AdapterError: the adapter is broken, or for another base.
+      WeightsError: the base is broken, or `out` holds other things.
+    """
+    folder = hf_folder(model)
+    if Path(out).resolve() in (folder.resolve(), Path(adapter).resolve()):
+        raise MergeError(f"{out}: merging would overwrite what it reads from; choose another folder")
+    config = read_config(folder)
+    base = _base(folder, config)
+    found = load_adapter(adapter, nest(base.leaves))
+    untied = _has_to_untie(found, untie)
+    if untied:
+        config = config | {UNTIE: False}
+    tensors = {path: _counted(leaf, on_tensor) for path, leaf in _tensors(base, found, untied).items()}
+    on_start(len(tensors))
+    save_model(out, nest(tensors), config, max_shard_bytes=max_shard_bytes, files_from=folder)
+    changed = tuple(path for path, leaf in tensors.items() if leaf.changed)
+    return Merged(changed, len(tensors) - len(changed), base.left_out)
+
+
+@dataclass(frozen=True)
+class _Base:
+    """The base's leaves by path, on mapped memory in JAX's axes, and where each comes from."""
+
+    leaves: Mapping[str, np.ndarray]
+    table: Mapping[str, TorchKey]
+    sources: Mapping[str, str]
+    weights: Weights
+    family: Family
+    left_out: Mapping[str, str]
+
+
+def _base(folder: Path, config: Mapping[str, Any]) -> _Base:
+    weights, known = read_weights(folder), family(config.get("model_type"))
+    shapes = _shapes(config)
+    table = model_table(shapes, known)
+    name = str(next(iter(config.get("architectures") or ["the model"])))
+    found = match(weights, table, shapes, known, name)
+    if found.missing:
+        raise WeightsError(
+            f"{folder} has no weights for the head of {name}: {some(found.missing)}; nothing was written"
+        )
+    leaves = {path: to_jax(weights[found.sources[path]], table[path]) for path in table}
+    return _Base(leaves, table, found.sources, weights, known, found.ignored)
+
+
+def _shapes(config: Mapping[str, Any]) -> dict[str, Any]:
+    return flatten(pure(nnx.eval_shape(lambda: build(config)))[1])
+
+
+def _has_to_untie(adapter: jpeft.Adapter, allowed: bool) -> bool:
+    """Whether the adapter acts on one use alone of a weight that has two; refused where that is not allowed."""
+    split = [site for site in adapter.sites if site.use is not None]
+    if split and not allowed:
+        side = "embedding" if split[0].use == "lookup" else "output head"
+        raise MergeError(
+            f"{split[0].path!r} is one weight for embedding and output head, and the adapter acts on the {side} alone: "
+            "merging has to make two of it, which --untie (untie=True) allows"
+        )
+    return bool(split)
+
+
+def _tensors(base: _Base, adapter: jpeft.Adapter, untied: bool) -> dict[str, Lazy]:
+    """Every leaf of the new model. Untied, a weight of two names is two leaves, each with what acts on its use."""
+    sites = _sites(adapter, base.leaves)
+    acting = lambda path, other: tuple(site for site in sites.get(path, ()) if site.use != other)
+    tensors = {path: _leaf(base, path, path, adapter, acting(path, "product")) for path in base.leaves}
+    if not untied:
+        return tensors
+    heads = {first: second for first, second in base.family.tied if first in base.leaves and second not in base.leaves}
+    for first, second in heads.items():
+        leaf = _leaf(base, first, second, adapter, acting(first, "lookup"))
+        tensors[second] = _turned(leaf) if second.endswith("/kernel") else leaf
+    return tensors
+
+
+def _sites(adapter: jpeft.Adapter, leaves: Mapping[str, Any]) -> dict[str, list[Site]]:
+    """The sites that bear on each leaf: its own, and for a bias those of the weight beside it that brings one."""
+    found: dict[str, list[Site]] = {}
+    for site in adapter.sites:
+        found.setdefault(site.path, []).append(site)
+        if _brings_bias(adapter, site):
+            bias = f"{module_of(site.path)}/bias"
+            if bias not in leaves:
+                raise MergeError(f"the adapter adds a bias to {site.path!r}, and the model has no {bias!r} to hold it")
+            found.setdefault(bias, []).append(site)
+    return found
+
+
+def _brings_bias(adapter: jpeft.Adapter, site: Site) -> bool:
+    return "bias" in adapter.leaves(site.path)
+
+
+def _turned(leaf: Lazy) -> Lazy:
+    """An embedding (rows, columns) as the kernel (columns, rows) of a head."""
+    return replace(leaf, shape=leaf.shape[::-1], make=lambda: leaf.make().T)
+
+
+def _counted(leaf: Lazy, on_tensor: Callable[[], None]) -> Lazy:
+    def make() -> np.ndarray:
+        array = leaf.make()
+        on_tensor()
+        return array
+
+    return replace(leaf, make=make)
+
+
+def _leaf(base: _Base, path: str, name: str, adapter: jpeft.Adapter, sites: tuple[Site, ...]) -> Lazy:
+    """The leaf at `path` with what the sites do to it; `name` is what errors call it."""
+    array, part = base.leaves[path], _part(adapter, sites)
+    neighbours = {f"{module_of(site.path)}/bias" for site in sites if _brings_bias(adapter, site)}
+    neighbours |= {site.path for site in sites}
+    beside = tuple(sorted((_name(one), base.leaves[one].shape) for one in neighbours if one != path))
+
+    def make() -> np.ndarray:
+        if not sites:
+            return array
+        merged = _run(array, part, _name(path), beside, base.table[path])
+        base.weights.release(base.sources[path])
+        if not is_finite(merged):
+            raise MergeError(f"{name!r} holds values that are not finite after merging; nothing was written")
+        return merged
+
+    return Lazy(tuple(array.shape), np.dtype(array.dtype), make, bool(sites))
+
+
+def _name(path: str) -> str:
+    return path.rpartition("/")[2]
+
+
+def _part(adapter: jpeft.Adapter, sites: tuple[Site, ...]) -> jpeft.Adapter:
+    """The adapter on one module alone, which is called the same whatever it is: equal layers share one program."""
+    paths = {site.path: f"{MODULE}/{_name(site.path)}" for site in sites}
+    trained = {new: adapter.trained[path] for path, new in paths.items()}
+    constant = {new: adapter.constant[path] for path, new in paths.items() if path in adapter.constant}
+    moved = tuple(replace(site, path=paths[site.path], use=None) for site in sites)
+    return jpeft.Adapter(trained, constant, Meta(adapter.spec, moved))
+
+
+def _run(array: np.ndarray, adapter: jpeft.Adapter, leaf: str, beside: Beside, entry: TorchKey) -> np.ndarray:
+    """One leaf of a module, adapted, a block of columns at a time; laid out as torch has it, turned only to the eye."""
+    result = np.empty(to_torch_shape(array.shape, entry), array.dtype)
+    seen = to_jax(result, entry)
+    for columns in _blocks(array, adapter):
+        part = _narrowed(adapter, columns) if columns != slice(None) else adapter
+        near = tuple((name, (*shape[:-1], part.sites[0].kernel.shape[-1])) for name, shape in beside)
+        seen[..., columns] = host(_apply(own(array[..., columns]), part, leaf, near))
+    return seen
+
+
+def _blocks(array: np.ndarray, adapter: jpeft.Adapter) -> list[slice]:
+    """Parts of the output axis that are small enough for the fp32 work on them; all of it where there is more to it."""
+    plain = all(site.method == "lora" and site.kernel.output == (array.ndim - 1,) for site in adapter.sites)
+    if array.size <= BLOCK or array.ndim != 2 or not plain:
+        return [slice(None)]
+    rows, width = array.shape
+    step = max(1, BLOCK // rows)
+    return [slice(start, min(start + step, width)) for start in range(0, width, step)]
+
+
+def _narrowed(adapter: jpeft.Adapter, columns: slice) -> jpeft.Adapter:
+    """A LoRA on some columns of W: A, and these columns of B."""
+    cut = lambda leaves: {name: leaf if name == "a" else leaf[..., columns] for name, leaf in leaves.items()}
+    width = columns.stop - columns.start
+    kernel = lambda site: replace(site.kernel, shape=(*site.kernel.shape[:-1], width))
+    sites = tuple(replace(site, kernel=kernel(site)) for site in adapter.sites)
+    trained = {path: cut(leaves) for path, leaves in adapter.trained.items()}
+    return adapter.replace(trained=trained, meta=Meta(adapter.spec, sites))
+
+
+@partial(jax.jit, static_argnums=(2, 3))
+def _apply(array: Array, adapter: jpeft.Adapter, leaf: str, beside: Beside) -> Array:
+    """One leaf of an adapted module; what lies beside it does not bear on it, and only has to be there."""
+    module = {name: jnp.zeros(shape, array.dtype) for name, shape in beside} | {leaf: array}
+    return jpeft.apply({MODULE: module}, adapter)[MODULE][leaf]

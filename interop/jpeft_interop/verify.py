@@ -1,0 +1,77 @@
+"""Whether JAX and torch make the same of a model folder and an adapter folder: logits against logits, in fp32."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jpeft.errors import AdapterError
+from jpeft_interop.load_model import hf_folder, load_model, read_config
+from jpeft_interop.load_peft import load_peft
+from jpeft_interop.models import ModelError
+from jpeft_interop.torch_check import Difference, differences, jax_logits, torch_logits
+
+
+@dataclass(frozen=True)
+class Comparison(Difference):
+    """What a text shows: see `Difference`.
+
+    Attributes:
+      mean: the mean of |d|.
+    """
+
+    mean: float
+
+
+def verify(
+    model: str | os.PathLike[str], adapter: str | os.PathLike[str] | None, ids: Sequence[np.ndarray]
+) -> list[Comparison]:
+    """Runs texts through transformers (and PEFT) and through JAX, the adapter attached in both, not merged.
+
+    Args:
+      model: a Hugging Face folder, or a GGUF file.
+      adapter: a PEFT folder, or None for the model alone.
+      ids: the texts' tokens, each (tokens,).
+
+    Returns:
+      a record for each text, in their order.
+
+    Raises:
+      TorchMissing: torch, transformers or PEFT is not installed.
+      ModelError: the model has no logits.
+      WeightsError: the model's folder is broken.
+      AdapterError: the adapter's folder is broken, or for another base.
+    """
+    if adapter is not None and Path(adapter).is_file():
+        raise AdapterError(
+            f"{adapter} is a file, and torch reads folders; write one: jpeft_interop.save_peft(folder, …)"
+        )
+    folder = hf_folder(model)
+    name = _architecture(read_config(folder), folder)
+    forward, params = load_model(folder, dtype="float32")
+    ours = jax_logits(forward, params, None if adapter is None else load_peft(adapter, params), ids)
+    theirs = torch_logits(folder, None if adapter is None else Path(adapter), ids, architecture=name)
+    found = differences(ours, theirs, ids)
+    return [_comparison(one, mine, other) for one, mine, other in zip(found, ours, theirs, strict=True)]
+
+
+def largest_logit_difference(found: Sequence[Comparison]) -> float:
+    """The largest difference in any of the texts."""
+    return max((one.largest for one in found), default=0.0)
+
+
+def _architecture(config: dict[str, Any], folder: Path) -> str:
+    name = next(iter(config.get("architectures") or [""]))
+    if not name or (name.endswith("Model") and not name.endswith("LMHeadModel")):
+        raise ModelError(f"{folder}: {name or 'a model without a named architecture'} has no logits to compare")
+    return name
+
+
+def _comparison(one: Difference, mine: np.ndarray, other: np.ndarray) -> Comparison:
+    mean = float(np.mean(np.abs(mine - other)))
+    return Comparison(one.tokens, one.largest, one.scale, one.agree, mean if np.isfinite(mean) else float("inf"))
