@@ -6,9 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import jax
-
-from jpeft.lift import Lifted, evaluate
+from jpeft.lift import Lifted, observe
 from jpeft.rewrite.program import Program, Use, plain_outputs
 from jpeft.rewrite.weight import is_weight
 
@@ -52,7 +50,7 @@ def coverage(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Coverage:
       **kwargs: its keyword arguments.
 
     Example:
-      >>> import jpeft, jax.numpy as jnp
+      >>> import jax, jpeft, jax.numpy as jnp
       >>> params = {"kernel": jnp.ones((3, 2))}
       >>> adapter = jpeft.init(jax.random.key(0), jpeft.LoRA(rank=1), params)
       >>> print(coverage(lambda p, x: jnp.sin(p["kernel"]).T @ x, jpeft.attach(params, adapter), jnp.ones(3)))
@@ -61,23 +59,9 @@ def coverage(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Coverage:
     """
     program = Program()
     fn = fn.fn if isinstance(fn, Lifted) else fn
-    leaves, tree = jax.tree.flatten((args, kwargs), is_leaf=is_weight)
-
-    def trace(leaves: list[Any]) -> list[Any]:
-        return plain_outputs(program, evaluate(fn, program, leaves, tree)[0], "output")
-
-    jax.make_jaxpr(lambda arrays: trace(_filled(leaves, arrays)))(_arrays(leaves))
+    leaves = observe(fn, program, args, kwargs, lambda outs: plain_outputs(program, outs, "output"))
     paths = sorted({leaf.path for leaf in leaves if is_weight(leaf)})
     return Coverage(tuple(_row(path, [use for use in program.uses if use.path == path]) for path in paths))
-
-
-def _arrays(leaves: list[Any]) -> list[Any]:
-    return [leaf for leaf in leaves if is_weight(leaf) or hasattr(leaf, "dtype")]
-
-
-def _filled(leaves: list[Any], arrays: list[Any]) -> list[Any]:
-    rest = iter(arrays)
-    return [next(rest) if is_weight(leaf) or hasattr(leaf, "dtype") else leaf for leaf in leaves]
 
 
 def _row(path: str, uses: list[Use]) -> Covered:

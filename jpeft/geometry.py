@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
-
 from jpeft.errors import KernelError
 from jpeft.kernel import Kernel, Kernels
-from jpeft.lift import evaluate
+from jpeft.lift import observe
 from jpeft.rewrite.program import Program, Result, Use
 from jpeft.rewrite.weight import Weight
 from jpeft.tree import flatten, map_leaves
@@ -43,25 +41,13 @@ def kernels(fn: Callable[..., Any], params: Any, *example: Any, **kwargs: Any) -
     """
     program = Program(watch=True)
     watched, root = _watched(params)
-    leaves, tree = jax.tree.flatten(((watched, *example), kwargs), is_leaf=lambda x: isinstance(x, Weight))
     head: set[str] = set()
-
-    def trace(arrays: list[Any]) -> Any:
-        rest = iter(arrays)
-        merged = [next(rest) if _is_traced(leaf) else leaf for leaf in leaves]
-        outs = evaluate(fn, program, merged, tree)[0]
-        head.update(out.path for out in outs if isinstance(out, Result) and not out.squashed)
-        return [out.value if isinstance(out, (Result, Weight)) else out for out in outs]
-
-    jax.make_jaxpr(trace)([leaf for leaf in leaves if _is_traced(leaf)])
+    is_head = lambda out: isinstance(out, Result) and not out.squashed
+    observe(fn, program, (watched, *example), kwargs, lambda outs: head.update(out.path for out in filter(is_head, outs)))
     found = _report(flatten(root), program.uses, head - program.passed_on)
     if not found:
         raise KernelError("the function reads none of its first argument's leaves in a product; are these its params?")
     return found
-
-
-def _is_traced(leaf: Any) -> bool:
-    return isinstance(leaf, Weight) or hasattr(leaf, "dtype")
 
 
 def _watched(params: Any) -> tuple[Any, Any]:
@@ -114,8 +100,8 @@ def _geometry(shape: tuple[int, ...], uses: list[Use], head: bool) -> Kernel | s
 
 def _axes(use: Use, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]] | None:
     """Contracted, output and batch axes of the original weight; None if a use divides an axis between roles."""
-    assert use.weight is not None and use.roles is not None
-    view = use.weight.view
+    assert use.view is not None and use.roles is not None
+    view = use.view
     groups = [{atom.axis for atom in view.atoms(dimensions)} for dimensions in use.roles]
     contracted, output, batch = groups
     whole = all(atom.size == shape[atom.axis] or _parts(view, atom.axis) == shape[atom.axis] for atom in view.all_atoms)

@@ -61,8 +61,7 @@ class Lifted:
 
 def run(fn: Callable[..., Any], program: Program, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """`fn(*args, **kwargs)` through `program`, which then holds what it saw."""
-    leaves, tree = jax.tree.flatten((args, kwargs), is_leaf=_is_leaf)
-    _refuse_modules(leaves)
+    leaves, tree = _flat_arguments(args, kwargs)
     weights = {leaf.path for leaf in leaves if is_weight(leaf)}
     if not weights:
         return fn(*args, **kwargs)
@@ -79,7 +78,7 @@ def run(fn: Callable[..., Any], program: Program, args: Sequence[Any], kwargs: d
 
 def evaluate(fn: Callable[..., Any], program: Program, leaves: list[Any], tree: Any) -> tuple[list[Any], Any]:
     """The flat outputs of the traced function on flat arguments, weights among them, and the outputs' tree."""
-    is_input = [is_weight(leaf) or _is_array(leaf) for leaf in leaves]
+    is_input = [_is_input(leaf) for leaf in leaves]
     inputs = [leaf for leaf, given in zip(leaves, is_input, strict=True) if given]
 
     def flat(*arrays: Any) -> Any:
@@ -93,18 +92,33 @@ def evaluate(fn: Callable[..., Any], program: Program, leaves: list[Any], tree: 
     return outs, jax.tree.structure(shape)
 
 
-def _is_leaf(x: Any) -> bool:
-    return is_weight(x) or isinstance(x, nnx_type("Module"))
+def observe(
+    fn: Callable[..., Any], program: Program, args: Sequence[Any], kwargs: dict[str, Any], visit: Callable[[list[Any]], Any]
+) -> list[Any]:
+    """`evaluate` abstractly, for what `program` sees: nothing is computed. `visit` gets the outputs while they live.
+
+    Returns the flat arguments.
+    """
+    leaves, tree = _flat_arguments(args, kwargs)
+
+    def trace(inputs: list[Any]) -> None:
+        rest = iter(inputs)
+        visit(evaluate(fn, program, [next(rest) if _is_input(leaf) else leaf for leaf in leaves], tree)[0])
+
+    jax.make_jaxpr(trace)([leaf for leaf in leaves if _is_input(leaf)])
+    return leaves
 
 
-def _is_array(x: Any) -> bool:
-    return isinstance(x, (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct))
+def _is_input(leaf: Any) -> bool:
+    return is_weight(leaf) or isinstance(leaf, (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct))
 
 
-def _refuse_modules(leaves: Sequence[Any]) -> None:
-    for leaf in leaves:
-        if isinstance(leaf, nnx_type("Module")):
-            raise LiftError(
-                f"an nnx.Module ({type(leaf).__name__}) was passed to a lifted function; its state updates would be "
-                "lost. Split it: graph, state = nnx.split(model), and lift lambda state, x: nnx.merge(graph, state)(x)"
-            )
+def _flat_arguments(args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[list[Any], Any]:
+    is_module = lambda x: isinstance(x, nnx_type("Module"))
+    leaves, tree = jax.tree.flatten((tuple(args), kwargs), is_leaf=lambda x: is_weight(x) or is_module(x))
+    for leaf in filter(is_module, leaves):
+        raise LiftError(
+            f"an nnx.Module ({type(leaf).__name__}) was passed to a lifted function; its state updates would be "
+            "lost. Split it: graph, state = nnx.split(model), and lift lambda state, x: nnx.merge(graph, state)(x)"
+        )
+    return leaves, tree

@@ -10,6 +10,7 @@ from jax.extend.core import Jaxpr, JaxprEqn, Literal
 
 from jpeft.errors import LiftError
 from jpeft.rewrite.weight import Branch, Weight, is_weight
+from jpeft.view import View
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Use:
       equation: the primitive that takes it.
       how: `product`, `lookup` or `conv` where the adapter stays factored, else `dense`.
       why: of `dense`, the reason.
-      weight: the weight as it arrived, with its view.
+      view: of the weight as it arrived.
       roles: of a product, the weight's dimensions: contracted, output, batch.
     """
 
@@ -29,7 +30,7 @@ class Use:
     equation: str
     how: str
     why: str = ""
-    weight: Weight | None = None
+    view: View | None = None
     roles: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]] | None = None
     groups: int = 1
 
@@ -94,7 +95,7 @@ class Program:
             return value.value
         if not is_weight(value):
             return value
-        self.uses.append(Use(value.path, equation, "dense", why, value))
+        self.uses.append(Use(value.path, equation, "dense", why))
         for branch in value.branches:
             _check_dense(value, branch, why)
         return value.dense()

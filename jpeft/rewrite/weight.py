@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jpeft.errors import LiftError
 from jpeft.kernel import Kernel
 from jpeft.method import Leaves
 from jpeft.methods import METHODS
@@ -43,6 +44,13 @@ class Weight:
     batch: tuple[int, ...] = field(metadata={"static": True})
 
     is_adapted_weight = True
+
+    def __jax_array__(self) -> Array:
+        """Where JAX would take an array: outside of a lifted function."""
+        raise LiftError(
+            f"{self.path!r} has an adapter attached and is no plain array: call jpeft.lift(fn) with the attached params "
+            "as an argument, or use jpeft.apply(params, adapter) with the function itself"
+        )
 
     def moved(self, value: Array, view: View) -> Weight:
         """The same weight elsewhere."""
