@@ -140,7 +140,7 @@ def _leaves(adapter: Adapter, site: Site, weight: Any) -> Leaves:
         return leaves
     if method.weighted is None:
         raise SpecError(f"{site.path!r}: the effect of {site.method!r} can't be scaled; leave weights= out")
-    return method.weighted(leaves, jnp.asarray(weight))
+    return method.weighted(leaves, jnp.asarray(weight, jnp.float32))
 
 
 def _wide(leaf: Array) -> Array:
@@ -173,7 +173,7 @@ def _check_all_uses(path: str, effects: Sequence[Effect]) -> None:
 def _bias_changes(path: str, flat: Mapping[str, Any], effects: Sequence[Effect]) -> list[tuple[str, Array]]:
     changes = []
     for site, leaves in effects:
-        change = METHODS[site.method].bias(leaves)
+        change = METHODS[site.method].bias({name: _wide(leaf) for name, leaf in leaves.items()})
         if change is None:
             continue
         bias = f"{module_of(path)}/bias"

@@ -173,8 +173,13 @@ def weighted(leaves: Leaves, weight: Array) -> Leaves:
 def product(x: Array, y: Array, leaves: Leaves, *, forward_mode: bool) -> Array:
     """y = x W + s (x A) B, the branch in the factors' dtype."""
     branch = low_rank_plain if forward_mode else low_rank
-    a, b, scaling = leaves["a"], leaves["b"], leaves["scaling"]
-    return y + branch(x.astype(a.dtype), a, b, scaling.astype(a.dtype)).astype(y.dtype)
+    a, b = leaves["a"], leaves["b"]
+    return y + branch(x.astype(a.dtype), a, b, _scaling(leaves)).astype(y.dtype)
+
+
+def _scaling(leaves: Leaves) -> Array:
+    """s in the factors' dtype."""
+    return leaves["scaling"].astype(leaves["a"].dtype)
 
 
 def transposed(leaves: Leaves) -> Leaves:
@@ -183,13 +188,13 @@ def transposed(leaves: Leaves) -> Leaves:
 
 
 def lookup(take: Callable[[Array], Array], leaves: Leaves) -> Array:
-    """Row i of s A B is s A[i] B."""
-    return leaves["scaling"] * (take(leaves["a"]) @ leaves["b"])
+    """Row i of s A B is s A[i] B; a convolution with s A B is one with A, then B at each point."""
+    return _scaling(leaves) * (take(leaves["a"]) @ leaves["b"])
 
 
 def bias(leaves: Leaves) -> Array | None:
     """s b_B, (*batch, out): what the bias of B adds to the layer's result."""
-    return leaves["scaling"][..., None] * leaves["bias"] if "bias" in leaves else None
+    return _scaling(leaves)[..., None] * leaves["bias"] if "bias" in leaves else None
 
 
 METHOD = Method(transform, matrices, delta, weighted, product, transposed, lookup, bias)

@@ -221,28 +221,30 @@ def conv_general_dilated(program: Program, eqn: JaxprEqn, values: Sequence[Any])
     program.uses.append(use)
     out = bind(eqn, [x, weight.value])[0]
     for branch in weight.branches:
-        out = out + _conv_branch(program, eqn, x, weight, branch, roles).astype(out.dtype)
+        out = out + _convolved(program, eqn, x, weight, branch, roles).astype(out.dtype)
     return [out]
 
 
 def _fits_conv(weight: Weight, roles: Roles) -> bool:
-    same = all(branch.method == "lora" for branch in weight.branches)
+    known = all(METHODS[branch.method].lookup for branch in weight.branches)
     whole = weight.is_whole and not weight.batch
-    return same and whole and covers(weight.view.atoms(roles[0]), weight.kernel.contracted, weight.kernel.shape)
+    return known and whole and covers(weight.view.atoms(roles[0]), weight.kernel.contracted, weight.kernel.shape)
 
 
-def _conv_branch(program: Program, eqn: JaxprEqn, x: Array, weight: Weight, branch: Branch, roles: Roles) -> Array:
-    """s conv(conv(x, A), B), A laid out as the kernel is, with r for its output."""
-    leaves, (contracted, (out_dim,), _) = branch.leaves, roles
-    a, b = leaves["a"], leaves["b"]
-    atoms = weight.view.atoms(contracted)
-    window = from_original(a.T, 1, atoms).reshape(a.shape[1], *(weight.value.shape[i] for i in contracted))
-    order = (out_dim, *contracted)
-    a_kernel = window.transpose(tuple(order.index(i) for i in range(len(order))))
-    x = _dropout(program, x, branch).astype(a.dtype)
-    hidden = eqn.primitive.bind(x, a_kernel, **(eqn.params | {"preferred_element_type": None}))
+def _convolved(program: Program, eqn: JaxprEqn, x: Array, weight: Weight, branch: Branch, roles: Roles) -> Array:
+    """What a branch adds: a convolution with A laid out as the kernel is, r for its output, then the method's rest."""
+    method, (contracted, (out_dim,), _) = METHODS[branch.method], roles
+    assert method.lookup is not None
     feature = eqn.params["dimension_numbers"].out_spec[1]
-    y = jnp.moveaxis(jnp.moveaxis(hidden, feature, -1) @ b, -1, feature) * leaves["scaling"]
-    if "bias" not in leaves:
-        return y
-    return y + (leaves["scaling"] * leaves["bias"]).reshape([-1 if i == feature else 1 for i in range(y.ndim)])
+    order = (out_dim, *contracted)
+    x = _dropout(program, x, branch)
+
+    def take(a: Array) -> Array:
+        window = from_original(a.mT, 1, weight.view.atoms(contracted))
+        window = window.reshape(a.shape[1], *(weight.value.shape[i] for i in contracted))
+        kernel = window.transpose(tuple(order.index(i) for i in range(len(order))))
+        params = eqn.params | {"preferred_element_type": None}
+        return jnp.moveaxis(eqn.primitive.bind(x.astype(a.dtype), kernel, **params), feature, -1)
+
+    y, bias = method.lookup(take, branch.leaves), method.bias(branch.leaves)
+    return jnp.moveaxis(y if bias is None else y + bias.reshape(*[1] * (y.ndim - 1), -1), -1, feature)
