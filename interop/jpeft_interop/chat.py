@@ -21,7 +21,7 @@ Span = tuple[int, int]
 
 
 class Generation(Extension):
-    """`{% generation %}…{% endgeneration %}`, with which some templates mark the assistant's words: here without effect."""
+    """`{% generation %}…{% endgeneration %}`, with which some templates mark the assistant's words: no effect here."""
 
     tags = {"generation"}
 
@@ -44,8 +44,8 @@ def render(tokenizer: Tokenizer, messages: Sequence[Turn], *, prompt: bool = Fal
     """
     if tokenizer.chat_template is None:
         raise TokenizerError(
-            f"{tokenizer.folder}: the tokenizer has no chat template, so messages have no form; give plain text, or put "
-            "a chat_template.jinja into the folder"
+            f"{tokenizer.folder}: the tokenizer has no chat template, so messages have no form; give plain text, or "
+            "put a chat_template.jinja into the folder"
         )
     try:
         template = _environment().from_string(tokenizer.chat_template)

@@ -15,6 +15,7 @@ import numpy as np
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
+from rich.text import Text
 
 import jpeft
 from jpeft.errors import JpeftError
@@ -67,15 +68,15 @@ def quickstart(
       QuickstartError: the held-out perplexity did not fall by a quarter, or torch's logits differ by more than 1e-3.
     """
     out, key = Path(out), jax.random.key(seed)
-    with console.status("Converting the model out of its package (once) …"):
+    with console.status("Loading the model (the first time, it is converted from its package) …"):
         folder = Path(model) if model else smollm2_folder()
-    with console.status("Loading the model …"):
+        name = folder.name if model else "SmolLM2-135M-Instruct"
         forward, params = load_model(folder, dtype="float32")
         tokenizer = load_tokenizer(folder)
     learnt, held_out = data.split(topics(), HELD_OUT, seed)
     rows, held_out_rows = data.packed(learnt, tokenizer, LENGTH), data.packed(held_out, tokenizer, LENGTH)
     adapter = jpeft.init(key, SPEC, params)
-    _introduce(console, folder, adapter, params, learnt, held_out)
+    _introduce(console, name, adapter, params, learnt, held_out)
 
     score = train.scorer(forward)
     with console.status(
@@ -94,13 +95,13 @@ def quickstart(
     with console.status("Writing a sample of each …"):
         prompt = _prompt(held_out[0], tokenizer)
         samples = [_sample(forward, p, prompt, tokenizer) for p in (params, jpeft.merge(params, state.adapter))]
-    _show_samples(console, prompt, samples)
+    _show_samples(console, tokenizer.decode(prompt), samples)
 
     save_peft(out / "adapter", state.adapter, params=params, base_model=str(folder), task_type="CAUSAL_LM")
-    plot_loss(out / "loss.png", losses, {0: before.loss, steps: after.loss}, f"LoRA on {folder.name}")
+    plot_loss(out / "loss.png", losses, {0: before.loss, steps: after.loss}, f"LoRA on {name}")
     with console.status("Loading the folder with PEFT, on torch …"):
         ids = [held_out_rows["input_ids"][0]]
-        theirs = torch_logits(folder, out / "adapter", ids, "AutoModelForCausalLM")
+        theirs = torch_logits(folder, out / "adapter", ids)
         ours = jax_logits(forward, params, load_peft(out / "adapter", params), ids)
         difference = differences(ours, theirs, ids)[0].largest
     result = Result(before.perplexity, after.perplexity, difference)
@@ -125,22 +126,52 @@ def _sample(forward: Any, params: Any, prompt: np.ndarray, tokenizer: Tokenizer)
 
 
 def _introduce(
-    console: Console, folder: Path, adapter: jpeft.Adapter, params: Any, learnt: list[Any], held_out: list[Any]
+    console: Console, name: str, adapter: jpeft.Adapter, params: Any, learnt: list[Any], held_out: list[Any]
 ) -> None:
-    names = ", ".join(document.where.partition(":")[2] for document in held_out)
+    topics = ", ".join(document.where.partition(":")[2] for document in held_out)
     table = Table.grid(padding=(0, 2))
-    table.add_row("[bold]model", folder.name)
-    table.add_row(
-        "[bold]adapter", f"LoRA of rank {SPEC.rank} on {len(adapter.sites)} kernels; {jpeft.count(params, adapter)}"
-    )
-    table.add_row("[bold]data", f"{len(learnt)} topics of the Python language reference; held out: {names}")
+    table.add_row("[bold]model", name)
+    table.add_row("[bold]adapter", f"LoRA of rank {SPEC.rank} on {len(adapter.sites)} kernels")
+    table.add_row("", str(jpeft.count(params, adapter)))
+    table.add_row("[bold]data", f"the Python language reference: {len(learnt)} topics to learn from")
+    table.add_row("[bold]held out", topics)
     console.print(table, highlight=False)
 
 
-def _show_samples(console: Console, prompt: np.ndarray, samples: list[str]) -> None:
+def _show_samples(console: Console, prompt: str, samples: list[str]) -> None:
     for title, text in zip(("before", "after"), samples, strict=True):
-        console.print(Panel(text, title=title))
+        body = Text.assemble((prompt, "dim"), text)
+        console.print(Panel(body, title=f"a greedy sample, {title}", title_align="left", border_style="dim"))
 
 
 def _conclude(console: Console, result: Result, out: Path) -> None:
-    console.print(result, out)
+    """Says what came of it.
+
+    Raises:
+      QuickstartError: it is not what was promised.
+    """
+    learnt, same = result.after <= MOST_PERPLEXITY * result.before, result.difference <= MOST_DIFFERENCE
+    fall = 1 - result.after / result.before
+    table = Table.grid(padding=(0, 2))
+    figures = f"{result.before:.2f} → {result.after:.2f}, {'down' if fall > 0 else 'up'} {abs(fall):.0%}"
+    table.add_row(_mark(learnt), "held-out perplexity", figures, f"at least {1 - MOST_PERPLEXITY:.0%} down")
+    table.add_row(
+        _mark(same),
+        "logits, JAX against PEFT on torch",
+        f"max |d| {result.difference:.1e}",
+        f"at most {MOST_DIFFERENCE:g}",
+    )
+    console.print(table, highlight=False)
+    console.print(f"adapter  {out / 'adapter'}\nplot     {out / 'loss.png'}", highlight=False, soft_wrap=True)
+    if not learnt:
+        raise QuickstartError(
+            f"held-out perplexity went from {result.before:.2f} to {result.after:.2f}; expected a fall of a quarter"
+        )
+    if not same:
+        raise QuickstartError(
+            f"PEFT's logits on torch differ by {result.difference:.2e}; expected at most {MOST_DIFFERENCE:g}"
+        )
+
+
+def _mark(good: bool) -> str:
+    return "[green]✓" if good else "[red]✗"

@@ -145,8 +145,8 @@ def _check_run(now: Mapping[str, Any], then: Mapping[str, Any], folder: Path) ->
     for name in sorted({*now, *then}):
         if now.get(name) != then.get(name):
             raise ResumeError(
-                f"{folder} holds a run with another {name}: expected {now.get(name)!r}, found {then.get(name)!r}; go on "
-                "with what it was begun with, choose another --out, or begin anew with --no-resume"
+                f"{folder} holds a run with another {name}: expected {now.get(name)!r}, found {then.get(name)!r}; go "
+                "on with what it was begun with, choose another --out, or begin anew with --no-resume"
             )
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +38,12 @@ class Difference:
 
 
 def torch_logits(
-    folder: str | Path, adapter_folder: str | Path | None, ids: Sequence[np.ndarray], architecture: str
+    folder: str | Path,
+    adapter_folder: str | Path | None,
+    ids: Sequence[np.ndarray],
+    *,
+    architecture: str = "AutoModelForCausalLM",
+    labels: int | None = None,
 ) -> list[np.ndarray]:
     """What transformers and PEFT make of some ids, in fp32.
 
@@ -44,7 +51,8 @@ def torch_logits(
       folder: the base model's.
       adapter_folder: PEFT's, or None for the base alone.
       ids: each (tokens,).
-      architecture: transformers' class name, as in `config.json`.
+      architecture: transformers' class name.
+      labels: of a classifier, how many classes.
 
     Raises:
       TorchMissing: torch, transformers or PEFT is not installed.
@@ -55,12 +63,32 @@ def torch_logits(
         from peft import PeftModel
     except ImportError as error:
         raise TorchMissing(f"comparing with torch needs {error.name}: pip install 'jpeft[torch]'") from None
-    model = getattr(transformers, architecture).from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-    if adapter_folder is not None:
-        model = PeftModel.from_pretrained(model, str(adapter_folder))
+    options: dict[str, Any] = {} if labels is None else {"num_labels": labels}
+    with _quiet():
+        kind = getattr(transformers, architecture)
+        model = kind.from_pretrained(folder, dtype=torch.float32, local_files_only=True, **options)
+        if adapter_folder is not None:
+            model = PeftModel.from_pretrained(model, str(adapter_folder))
     model.eval()
     with torch.no_grad():
         return [model(input_ids=torch.as_tensor(row[None].astype(np.int64))).logits[0].numpy() for row in ids]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' progress bars, and without what PEFT 0.21 and transformers 5.23 say to each other."""
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # a head that the base lacks is new on purpose: the adapter brings it
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        logging.enable_progress_bar()
 
 
 def jax_logits(

@@ -128,7 +128,9 @@ def adamw(
       >>> adamw(1e-3, 100).init({"a": jnp.zeros(2)}) is not None
       True
     """
-    rate = optax.warmup_cosine_decay_schedule(0.0, lr, max(1, round(warmup * steps)), max(2, steps))
+    rising = max(1, round(warmup * steps))
+    # From a first part of it, not from 0, which would make the first step none at all.
+    rate = optax.warmup_cosine_decay_schedule(lr / rising, lr, rising, max(rising + 1, steps))
     return optax.chain(optax.clip_by_global_norm(clip), optax.adamw(rate, weight_decay=weight_decay))
 
 
@@ -204,7 +206,7 @@ def _updated(
     gradient = jax.tree.map(lambda g: g / labels.astype(g.dtype), summed)
     updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.adapter.trained)
     trained = optax.apply_updates(state.adapter.trained, updates)
-    metrics = Metrics(tally.loss / labels, tally.right / labels, optax.global_norm(gradient), tally.labels, tokens)
+    metrics = Metrics(tally.loss / labels, tally.right / labels, optax.tree.norm(gradient), tally.labels, tokens)
     return State(state.adapter.replace(trained=trained), optimizer_state, state.step + 1, state.key), metrics
 
 
