@@ -92,3 +92,15 @@ def test_more_tokens_than_positions():
     forward, params = twin(model_of("BertModel", max_position_embeddings=8))
     with pytest.raises(ModelError, match="9 tokens; this model has 8 positions"):
         forward(params, inputs_of()["input_ids"])
+
+
+def test_bf16_is_as_near_to_fp32_as_torch_is():
+    half, inputs = model_of("BertForSequenceClassification", num_labels=3).to(torch.bfloat16), inputs_of()
+    forward, params = twin(half)
+    ours, theirs = forward(params, **inputs), run_torch(half, **inputs, output_hidden_states=True)
+    assert str(ours.logits.dtype) == "bfloat16"
+    exact = run_torch(half.float(), **inputs, output_hidden_states=True)
+    mask, last = inputs["attention_mask"], exact.hidden_states[-1]
+    torchs = difference(theirs.hidden_states[-1].float(), last, mask)
+    assert difference(ours.last_hidden_state, last, mask) < 1.5 * torchs
+    assert difference(ours.logits, exact.logits) < 0.02 * float(exact.logits.abs().max())

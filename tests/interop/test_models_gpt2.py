@@ -91,3 +91,13 @@ def test_what_does_not_fit_is_refused():
     forward, params = twin(model_of(n_positions=8))
     with pytest.raises(ModelError, match="9 tokens or slots; this model has 8 positions"):
         forward(params, ids_of())
+
+
+def test_bf16_is_as_near_to_fp32_as_torch_is():
+    half = model_of().to(torch.bfloat16)
+    forward, params = twin(half)
+    ours, theirs = forward(params, ids_of()).logits, run_torch(half, input_ids=ids_of()).logits
+    assert str(ours.dtype) == "bfloat16"
+    exact = run_torch(half.float(), input_ids=ids_of()).logits
+    assert difference(ours, exact) < 1.5 * difference(theirs.float(), exact)
+    assert difference(ours, theirs) < 0.02 * float(exact.abs().max())

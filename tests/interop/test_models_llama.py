@@ -173,6 +173,16 @@ def test_cached_forward_equals_the_whole_one(row):
     assert int(cache.length) == 9
 
 
+def test_a_cache_may_be_kept_in_bf16():
+    forward, params = twin(model_of("LlamaForCausalLM"))
+    whole = forward(params, ids_of()).logits
+    cache = forward(params, ids_of()[:, :8], cache=init_cache(9, jnp.bfloat16)).cache
+    assert {leaf.dtype for leaf in (*cache.keys, *cache.values)} == {jnp.dtype(jnp.bfloat16)}
+    last = forward(params, ids_of()[:, 8:], cache=cache).logits
+    assert last.dtype == jnp.float32
+    assert 1e-6 < difference(last, whole[:, 8:]) < 0.05
+
+
 def test_a_cache_that_is_full_says_so():
     forward, params = twin(model_of("LlamaForCausalLM"))
     with pytest.raises(ModelError, match="9 tokens do not fit a cache of 8 slots"):

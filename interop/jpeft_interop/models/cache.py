@@ -24,7 +24,7 @@ class Cache:
     Attributes:
       keys: one `(batch, max_length, kv_heads, head_dim)` a layer, already rotated; `()` when empty.
       values: the same.
-      length: how many slots are filled, an int32 scalar (a plain 0 when empty).
+      length: how many slots are filled, an int32 scalar; None when empty.
       max_length: how many slots there are.
       dtype: what the buffers are kept in; None is the dtype of the keys that come.
     """
