@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.core import Tracer
+from jax.typing import ArrayLike
 
 from jpeft.adapter import Adapter, Site
 from jpeft.errors import KernelError, MergeError, SpecError
-from jpeft.kernel import Kernel, from_matrix, to_matrix
+from jpeft.kernel import from_matrix, to_matrix
 from jpeft.method import Leaves
 from jpeft.methods import METHODS
-from jpeft.tree import flatten, is_weight, module_of, nearest, replace
+from jpeft.tree import beside, flatten, is_weight, nearest, replace
 
 Adapters = Adapter | Sequence[Adapter] | Mapping[str, Adapter]
-Weights = Sequence[Any] | Mapping[str, Any] | None
+Weights = ArrayLike | Sequence[Any] | Mapping[str, Any] | None
 Weighted = tuple[Adapter, Any]
 
 
@@ -48,12 +50,12 @@ def apply(params: Any, adapter: Adapters, weights: Weights = None) -> Any:
     pairs = weighted_adapters(adapter, weights)
     flat = flatten(params)
     check_fit(flat, pairs)
-    new: dict[str, Any] = {}
-    for path, effects in effects_by_path(pairs).items():
-        _check_all_uses(path, effects)
-        new[path] = adapted(new.get(path, flat[path]), effects)
-        for bias, beside in _bias_changes(path, flat, effects):
-            new[bias] = (_wide(new.get(bias, flat[bias])) + beside).astype(flat[bias].dtype)
+    effects = effects_by_path(pairs)
+    _check_all_uses(effects)
+    new = {path: adapted(flat[path], group) for path, group in effects.items()}
+    for path, group in effects.items():  # after all else: a bias may be replaced and added to
+        for bias, change in _bias_changes(path, flat, group):
+            new[bias] = (_wide(new.get(bias, flat[bias])) + change).astype(flat[bias].dtype)
     return replace(params, new)
 
 
@@ -65,11 +67,13 @@ def merge(params: Any, adapter: Adapters, weights: Weights = None) -> Any:
     Raises:
       MergeError: a merged weight is not finite; or called under jit.
     """
-    merged = apply(params, adapter, weights)
+    base, merged = flatten(params), apply(params, adapter, weights)
     for path, leaf in flatten(merged).items():
+        if leaf is base[path]:
+            continue
         if isinstance(leaf, Tracer):
             raise MergeError("merge checks values, so it can't run under jit; inside jit use jpeft.apply")
-        if jnp.issubdtype(leaf.dtype, jnp.inexact) and not np.all(jnp.isfinite(leaf)):
+        if not np.all(jnp.isfinite(leaf)):
             raise MergeError(f"{path!r} holds values that are not finite after merging; nothing was returned")
     return merged
 
@@ -82,12 +86,14 @@ def weighted_adapters(adapters: Adapters, weights: Weights = None) -> list[Weigh
             raise SpecError(f"weights are for {sorted(weights)}; the adapters are {sorted(names)}")
         weights = [weights[name] for name in names] if isinstance(weights, Mapping) else weights
         adapters = [adapters[name] for name in names]
+    if isinstance(weights, Mapping):
+        raise SpecError(f"weights are by name ({sorted(weights)}), the adapters are not; give {{name: adapter}}")
     group = [adapters] if isinstance(adapters, Adapter) else adapters
     if not isinstance(group, (list, tuple)) or not all(isinstance(one, Adapter) for one in group):
         raise TypeError(
             f"expected an adapter, made by jpeft.init(key, spec, params) or jpeft.load(path); found {_kind(group)}"
         )
-    amounts = [None] * len(group) if weights is None else list(weights)
+    amounts = [None] * len(group) if weights is None else [weights] if np.ndim(weights) == 0 else list(weights)
     if len(amounts) != len(group):
         raise SpecError(f"{len(amounts)} weights for {len(group)} adapters")
     return list(zip(group, amounts, strict=True))
@@ -118,18 +124,35 @@ def check_fit(flat: Mapping[str, Any], pairs: Sequence[Weighted]) -> None:
                 )
 
 
-Effect = tuple[Site, Leaves]
+class Effect(NamedTuple):
+    """What one adapter does at one weight: its leaves as matrices with the adapter's weight folded in."""
+
+    site: Site
+    leaves: Leaves
+    dropout: float
 
 
 def effects_by_path(pairs: Sequence[Weighted]) -> dict[str, list[Effect]]:
-    """What each weight undergoes: sites, and their leaves as matrices with the adapter's weight folded in."""
+    """What each weight undergoes.
+
+    Raises:
+      SpecError: a weight on something that can't be scaled, or two adapters that replace the same leaf.
+      KernelError: two adapters that take the same weight's axes differently.
+    """
     effects: dict[str, list[Effect]] = {}
     for adapter, weight in pairs:
         for site in adapter.sites:
-            effects.setdefault(site.path, []).append((site, _leaves(adapter, site, weight)))
+            effect = Effect(site, _leaves(adapter, site, weight), adapter.spec.dropout)
+            effects.setdefault(site.path, []).append(effect)
     for path, group in effects.items():
-        if len(group) > 1 and any(METHODS[site.method].delta is None for site, _ in group):
+        if len(group) > 1 and any(METHODS[site.method].delta is None for site, *_ in group):
             raise SpecError(f"{path!r} is replaced whole by one of {len(group)} adapters: they can't act together")
+        axes = {(site.kernel.contracted, site.kernel.output, site.kernel.batch) for site, *_ in group}
+        if len(axes) > 1:
+            raise KernelError(
+                f"{path!r}: the adapters take its axes differently, (contracted, output, batch): {sorted(axes)}; make "
+                "both with the same kernels="
+            )
     return effects
 
 
@@ -156,34 +179,42 @@ def adapted(weight: Array, effects: Sequence[Effect]) -> Array:
 
 def adapted_matrix(w: Array, effects: Sequence[Effect]) -> Array:
     """W' of matrices (*batch, in, out), in the dtype of `w`: what adds is taken of the base and added up."""
-    for site, leaves in effects:
+    for site, leaves, _ in effects:
         w = METHODS[site.method].transform(w, {name: leaf.astype(w.dtype) for name, leaf in leaves.items()})
     return w
 
 
-def _check_all_uses(path: str, effects: Sequence[Effect]) -> None:
-    for site, _ in effects:
+def _check_all_uses(effects: Mapping[str, Sequence[Effect]]) -> None:
+    for site, *_ in (effect for group in effects.values() for effect in group):
         if site.use is not None:
             raise MergeError(
-                f"{path!r} is read both as a lookup and as the output head, and the adapter acts on the {site.use} "
+                f"{site.path!r} is read both as a lookup and as the output head, and the adapter acts on the {site.use} "
                 "alone: no single weight does that. Run it with jpeft.lift and jpeft.attach"
             )
 
 
 def _bias_changes(path: str, flat: Mapping[str, Any], effects: Sequence[Effect]) -> list[tuple[str, Array]]:
     changes = []
-    for site, leaves in effects:
+    for site, leaves, _ in effects:
         change = METHODS[site.method].bias({name: _wide(leaf) for name, leaf in leaves.items()})
         if change is None:
             continue
-        bias = f"{module_of(path)}/bias"
+        bias = beside(path, "bias")
         if bias not in flat:
             raise KernelError(
                 f"the adapter changes the bias of {path!r}, and there is no {bias!r} to hold it; run it with jpeft.lift"
             )
-        changes.append((bias, _bias_in_place(change, site.kernel, flat[bias])))
+        changes.append((bias, _bias_in_place(change, site, flat[bias].shape)))
     return changes
 
 
-def _bias_in_place(change: Array, kernel: Kernel, bias: Array) -> Array:
-    return change.reshape(bias.shape) if not kernel.batch else change.reshape(*kernel.batch_shape, *bias.shape[1:])
+def _bias_in_place(change: Array, site: Site, shape: tuple[int, ...]) -> Array:
+    """(*batch, out) as the bias has it: batch axes where the kernel has them (so Flax's scan stacks both)."""
+    kernel = site.kernel
+    own = tuple(size for axis, size in enumerate(shape) if axis not in kernel.batch)
+    if math.prod(own) != kernel.fan_out or len(own) + len(kernel.batch) != len(shape):
+        raise KernelError(
+            f"the bias beside {site.path!r} has shape {shape}; expected axes for the kernel's output "
+            f"{kernel.sizes(kernel.output)} and batch {kernel.batch_shape}; run it with jpeft.lift"
+        )
+    return jnp.moveaxis(change.reshape(*kernel.batch_shape, *own), range(len(kernel.batch)), kernel.batch)

@@ -6,6 +6,7 @@ import zlib
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 
 from jpeft.apply import Adapters, Effect, Weights, check_fit, effects_by_path, weighted_adapters
@@ -39,22 +40,21 @@ def attach(params: Any, adapter: Adapters, weights: Weights = None, *, dropout_k
     pairs = weighted_adapters(adapter, weights)
     flat = flatten(params)
     check_fit(flat, pairs)
-    rates = {id(site): one.spec.dropout for one, _ in pairs for site in one.sites}
+    if dropout_key is not None and not jnp.issubdtype(dropout_key.dtype, jax.dtypes.prng_key):
+        dropout_key = jax.random.wrap_key_data(dropout_key)  # of jax.random.PRNGKey
     new = {}
     for path, effects in effects_by_path(pairs).items():
-        if effects[0][0].method == "replacement":
-            new[path] = effects[0][1]["value"].reshape(flat[path].shape).astype(flat[path].dtype)
+        if effects[0].site.method == "replacement":
+            new[path] = effects[0].leaves["value"].reshape(flat[path].shape).astype(flat[path].dtype)
             continue
-        branches = tuple(
-            _branch(effect, i, rates[id(effect[0])], dropout_key, path) for i, effect in enumerate(effects)
-        )
-        kernel = effects[0][0].kernel
+        branches = tuple(_branch(effect, i, dropout_key, path) for i, effect in enumerate(effects))
+        kernel = effects[0].site.kernel
         new[path] = Weight(flat[path], branches, path, kernel, View.whole(kernel.shape), kernel.batch)
     return replace(params, new)
 
 
-def _branch(effect: Effect, number: int, rate: float, key: Array | None, path: str) -> Branch:
-    site, leaves = effect
+def _branch(effect: Effect, number: int, key: Array | None, path: str) -> Branch:
+    site, leaves, rate = effect
     if rate == 0 or key is None or site.kernel.kind == "embedding":
         return Branch(leaves, None, site.method, 0.0, site.use)
     key = jax.random.fold_in(jax.random.fold_in(key, zlib.crc32(path.encode())), number)

@@ -99,6 +99,16 @@ def module_of(path: str) -> str:
     return path.rpartition("/")[0]
 
 
+def beside(path: str, name: str) -> str:
+    """The path of the leaf `name` in the same module.
+
+    Example:
+      >>> beside("layers/0/kernel", "bias"), beside("kernel", "bias")
+      ('layers/0/bias', 'bias')
+    """
+    return "/".join([*path.split("/")[:-1], name])
+
+
 def dotted(path: str) -> str:
     """A path as torch and PEFT write it."""
     return path.replace("/", ".")

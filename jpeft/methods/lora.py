@@ -70,7 +70,7 @@ class LoRA:
     dropout: float = 0.0
     factor_bias: bool = False
     bias: Bias = "none"
-    modules_to_save: Sequence[str] = ()
+    modules_to_save: str | Sequence[str] = ()
     init: Init = "kaiming"
 
     method = "lora"
@@ -79,7 +79,7 @@ class LoRA:
         freeze = lambda name, value: object.__setattr__(self, name, value)
         freeze("targets", frozen_names(self.targets))
         freeze("exclude", frozen_names(self.exclude))
-        freeze("modules_to_save", tuple(self.modules_to_save))
+        freeze("modules_to_save", frozen_names(self.modules_to_save, regex=False))
         freeze("layers_pattern", frozen_names(self.layers_pattern, regex=False))
         if self.layers_to_transform is not None:
             layers = self.layers_to_transform
