@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -112,8 +113,15 @@ def _of_folder(folder: Path) -> Summary:
             modules.setdefault(name, {})[leaf] = tensor
         else:
             plain.append(_plain(name if leaf is None else f"{name}.lora_B.bias", tensor))
-    factors = tuple(_pair(name, leaves, spec, folder / WEIGHTS) for name, leaves in sorted(modules.items()))
-    return Summary("PEFT folder, LoRA", config, factors, tuple(sorted(plain, key=lambda one: one.name)))
+    factors = tuple(
+        _pair(name, leaves, spec, folder / WEIGHTS) for name, leaves in sorted(modules.items(), key=_numbered)
+    )
+    return Summary("PEFT folder, LoRA", config, factors, tuple(sorted(plain, key=lambda one: _numbered((one.name,)))))
+
+
+def _numbered(named: Sequence[Any]) -> list[tuple[int, str]]:
+    """For sorting by a name, which comes first: layer 2 before layer 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in named[0].split(".")]
 
 
 def _pair(module: str, leaves: Mapping[str, np.ndarray], spec: jpeft.LoRA, file: Path) -> Factors:
@@ -122,11 +130,10 @@ def _pair(module: str, leaves: Mapping[str, np.ndarray], spec: jpeft.LoRA, file:
         raise AdapterError(f"{file}: {module!r} has only its factor {next(iter(leaves)).upper()}")
     rank, width = leaves["a"].shape[0], leaves["b"].shape[1] if leaves["b"].ndim > 1 else None
     if width != rank:
-        raise AdapterError(
-            f"{file}: {module!r}: A of shape {leaves['a'].shape} and B of shape {leaves['b'].shape} have no rank in common"
-        )
-    a = leaves["a"].reshape(rank, -1).T if rank else np.zeros((1, 0))
-    b = leaves["b"].reshape(leaves["b"].shape[0], -1)[:, :rank].T
+        found = f"A of shape {leaves['a'].shape} and B of shape {leaves['b'].shape}"
+        raise AdapterError(f"{file}: {module!r}: {found} have no rank in common")
+    a = leaves["a"].reshape(rank, math.prod(leaves["a"].shape[1:])).T
+    b = leaves["b"].reshape(leaves["b"].shape[0], -1).T if rank else leaves["b"].T
     scaling = spec.scaling(rank, spec.alpha_of(module))
     return _factors(module, spec.alpha_of(module), np.asarray(scaling), a, b, leaves)
 
@@ -146,14 +153,13 @@ def _of_file(file: Path) -> Summary:
         module = dotted(module_of(site.path))
         factors.append(_factors(module, spec.alpha_of(module_of(site.path)), scaling, a, b, leaves))
         plain += [_plain(f"{module}.lora_B.bias", leaves["bias"])] if "bias" in leaves else []
+    factors.sort(key=lambda one: _numbered((one.module,)))
     return Summary(f"jpeft file, {type(spec).__name__}", _differing(spec), tuple(factors), tuple(plain))
 
 
 def _differing(spec: Any) -> dict[str, Any]:
-    default = lambda field: None if field.default is MISSING else field.default
-    return {
-        field.name: getattr(spec, field.name) for field in fields(spec) if getattr(spec, field.name) != default(field)
-    }
+    values = {field.name: (getattr(spec, field.name), field.default) for field in fields(spec)}
+    return {name: value for name, (value, default) in values.items() if value != default}
 
 
 def _factors(

@@ -41,9 +41,12 @@ def generate(
 ) -> None:
     """Continue a prompt, or answer it ([bold]--chat[/bold]); the text appears as it is made.
 
-    Only the new text goes to standard output. With an adapter the model runs with the adapter attached, not merged.
+    Only the new text goes to standard output. An adapter is attached, not
+    merged.
 
-    Example: [bold]jpeft generate SmolLM2-135M --adapter my-adapter --chat --prompt "What is a list?"[/bold]
+    [bold]Example[/]
+
+      jpeft generate SmolLM2-135M --adapter my-adapter --chat --prompt "What is a list?"
     """
     require_model(model)
     require_adapter(adapter)

@@ -22,10 +22,12 @@ def inspect(
 ) -> None:
     """Show what an adapter holds: its options, and rank, scaling, shapes and norms of each module.
 
-    Needs no base model. |ΔW| is the Frobenius norm of s A B, the change that the adapter makes to a weight; an adapter
-    that was never trained shows 0.
+    Needs no base model. |ΔW| is the Frobenius norm of s A B, the change that
+    the adapter makes to a weight: 0 shows one that was never trained.
 
-    Example: [bold]jpeft inspect my-adapter[/bold]
+    [bold]Example[/]
+
+      jpeft inspect my-adapter
     """
     from rich.console import Console
 

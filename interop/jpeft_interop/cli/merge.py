@@ -13,7 +13,7 @@ from jpeft_interop.cli.arguments import AdapterArgument, ModelArgument, require_
 def merge(
     model: ModelArgument,
     adapter: AdapterArgument,
-    out: Annotated[Path, typer.Argument(help="The folder to write.", show_default=False)],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.", show_default=False)],
     untie: Annotated[
         bool,
         typer.Option(
@@ -25,10 +25,13 @@ def merge(
 ) -> None:
     """Fold an adapter into its model, and write an ordinary Hugging Face folder.
 
-    Goes tensor by tensor: a model larger than the memory is fine. The change is computed in fp32, checked to be finite
-    and rounded to the dtype of the base. Config and tokenizer come along; torch is not needed.
+    Goes tensor by tensor: a model may be larger than the memory. The change
+    is computed in fp32, checked to be finite and rounded to the base's dtype.
+    Config and tokenizer come along. Torch is not needed.
 
-    Example: [bold]jpeft merge SmolLM2-135M my-adapter my-model[/bold]
+    [bold]Example[/]
+
+      jpeft merge SmolLM2-135M my-adapter my-model
     """
     require_model(model)
     require_adapter(adapter)

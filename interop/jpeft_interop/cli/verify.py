@@ -25,11 +25,14 @@ def verify(
     file: Annotated[Path | None, typer.Option(help="A file of texts, one a line.", show_default=False)] = None,
     tolerance: Annotated[float, typer.Option(min=0, help="The largest difference that is none.")] = 1e-3,
 ) -> None:
-    """Compare the logits of torch (transformers and PEFT) with those of JAX, in fp32, and fail where they differ.
+    """Compare the logits of torch (transformers, PEFT) with those of JAX, and fail where they differ.
 
-    The exit status is 1 if any logit differs by more than the tolerance. Needs [bold]pip install 'jpeft[[torch]'[/bold].
+    Texts run with the adapter attached, not merged, and in fp32. The exit
+    status is 1 if any logit differs by more than the tolerance.
 
-    Example: [bold]jpeft verify SmolLM2-135M --adapter my-adapter --text "A list is" --text "A dict is"[/bold]
+    [bold]Example[/]
+
+      jpeft verify SmolLM2-135M --adapter my-adapter --text "A list is" --text "A dict is"
     """
     require_model(model)
     require_adapter(adapter)
