@@ -42,12 +42,14 @@ def frozen_mapping(mapping: Patterns[V]) -> tuple[tuple[str, V], ...]:
     return tuple(mapping.items()) if isinstance(mapping, Mapping) else tuple((name, value) for name, value in mapping)
 
 
-def pattern_value(patterns: Patterns[V], module: str, default: V) -> V:
-    """The value of the first pattern that matches the dotted path, whole or from a dot to the end."""
-    for pattern, value in frozen_mapping(patterns):
-        if re.match(rf"(.*\.)?({dotted(pattern)})$", dotted(module)):
-            return value
-    return default
+def matches_pattern(pattern: str, *names: str) -> bool:
+    """Whether a pattern is one of the dotted names, whole or from a dot to the end."""
+    return any(re.match(rf"(.*\.)?({dotted(pattern)})$", dotted(name)) for name in names)
+
+
+def pattern_value(patterns: Patterns[V], names: Sequence[str], default: V) -> V:
+    """The value of the first pattern that matches one of the names."""
+    return next((value for pattern, value in frozen_mapping(patterns) if matches_pattern(pattern, *names)), default)
 
 
 def names_module(names: str | tuple[str, ...], module: str) -> bool:
@@ -58,8 +60,16 @@ def names_module(names: str | tuple[str, ...], module: str) -> bool:
     return any(name == dotted(n) or name.endswith("." + dotted(n)) for n in names)
 
 
+def names_weight(names: str | tuple[str, ...], path: str) -> bool:
+    """Whether names or a regex mean the module of a weight, or names the weight itself, leaf and all.
+
+    The second serves trees in which a module holds several weights under names of their own: `attn/q`, `attn/k`.
+    """
+    return names_module(names, module_of(path)) or (not isinstance(names, str) and names_module(names, path))
+
+
 def saves_module(saved: Sequence[str], module: str) -> bool:
-    """Whether a module lies in one of those saved whole (a name of its path, or anything below it)."""
+    """Whether a module (or leaf) lies in one of those saved whole (a name of its path, or anything below it)."""
     parts = dotted(module)
     return any(re.match(rf"(^|.*\.){re.escape(dotted(name))}($|\..*)", parts) for name in saved)
 
@@ -78,14 +88,15 @@ def resolve(where: Targets, kernels: Kernels) -> list[str]:
     """The paths of the targeted weights, in the order of `kernels`.
 
     Raises:
-      SpecError: a target, or the whole of them, matches nothing; shows the nearest names.
+      SpecError: a name, an exclusion or a layer number, or the whole of them, matches nothing; shows the nearest names.
       KernelError: a target is a leaf whose geometry is not known; shows how to find it.
     """
     if where.targets == ALL_LINEAR:
         matched = [path for path, kernel in kernels.items() if kernel.kind == "product" and not kernel.head]
     else:
-        _check_names(where, kernels)
-        matched = [path for path in kernels if names_module(where.targets, module_of(path))]
+        _check_targets(where.targets, kernels)
+        matched = [path for path in kernels if names_weight(where.targets, path)]
+    _check_exclusions(where.exclude, kernels)
     kept = [path for path in matched if is_kept(where, path, kernels[path])]
     if matched and not kept:
         raise SpecError(
@@ -103,7 +114,7 @@ def resolve(where: Targets, kernels: Kernels) -> list[str]:
 def is_kept(where: Targets, path: str, kernel: Kernel) -> bool:
     """Whether a matched weight survives `exclude`, the saved modules and the layer numbers."""
     module = module_of(path)
-    if names_module(where.exclude, module) or saves_module(where.saved, module):
+    if names_weight(where.exclude, path) or saves_module(where.saved, path):
         return False
     # A module named by its whole path is meant, whatever its layer: so PEFT has it.
     named_whole = not isinstance(where.targets, str) and dotted(module) in map(dotted, where.targets)
@@ -117,21 +128,43 @@ def _in_layers(layers: tuple[int, ...], patterns: tuple[str, ...], module: str, 
 
 
 def selected_layers(where: Targets, module: str, kernel: Kernel) -> tuple[int, ...] | None:
-    """Of a stacked weight, the slices that are adapted; None for all, or where layers are not stacked."""
+    """Of a stacked weight, the slices that are adapted; None for all, or where layers are not stacked.
+
+    Raises:
+      SpecError: there is no such layer.
+    """
     if where.layers is None or not kernel.batch or layer_number(module, where.layers_pattern) is not None:
         return None
-    return tuple(sorted(where.layers))
+    depth = kernel.batch_shape[0]
+    for layer in where.layers:
+        if not 0 <= layer < depth:
+            raise SpecError(f"layers_to_transform: {layer} is none of the {depth} layers stacked in {module!r}")
+    return tuple(sorted(set(where.layers)))
 
 
-def _check_names(where: Targets, kernels: Kernels) -> None:
+def _check_targets(targets: str | tuple[str, ...], kernels: Kernels) -> None:
     """Each name has to match a weight; one that matches only a leaf of unknown geometry is told apart."""
     unknown = dict(kernels.unknown)
-    for name in (where.targets,) if isinstance(where.targets, str) else where.targets:
-        names = name if isinstance(where.targets, str) else (name,)
-        if any(names_module(names, module_of(path)) for path in kernels):
+    for name in (targets,) if isinstance(targets, str) else targets:
+        names = name if isinstance(targets, str) else (name,)
+        if any(names_weight(names, path) for path in kernels):
             continue
-        hidden = [path for path in unknown if names_module(names, module_of(path))]
-        if hidden:
-            raise KernelError(f"target {name!r}: {hidden[0]!r} {unknown[hidden[0]]}")
-        modules = [dotted(module_of(path)) for path in kernels]
-        raise SpecError(f"target {name!r} matches nothing; the nearest are {nearest(dotted(name), modules)}")
+        for path in unknown:
+            if names_weight(names, path):
+                raise KernelError(f"target {name!r}: {path!r} {unknown[path]}")
+        raise SpecError(f"target {name!r} matches nothing; the nearest are {nearest(dotted(name), _names(kernels))}")
+
+
+def _check_exclusions(exclude: str | tuple[str, ...], kernels: Kernels) -> None:
+    """Something excluded that is not there is a mistake in its name."""
+    known = (*kernels, *dict(kernels.unknown))
+    for name in () if isinstance(exclude, str) else exclude:
+        if not any(names_weight((name,), path) for path in known):
+            raise SpecError(f"exclude: {name!r} matches nothing; the nearest are {nearest(dotted(name), _names(kernels))}")
+
+
+def _names(kernels: Kernels) -> list[str]:
+    """What each weight is called in a target: its module, or its whole path where the module holds several."""
+    modules = [module_of(path) for path in kernels]
+    alone = lambda module: module and modules.count(module) == 1
+    return [dotted(module if alone(module) else path) for module, path in zip(modules, kernels, strict=True)]

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax.core.meta import AxisMetadata
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 
@@ -74,6 +75,21 @@ def flatten(params: Any) -> dict[str, Any]:
             raise SpecError(f"two leaves of the params have the path {path!r}; rename one of them")
         flat[path] = _open(leaf)
     return flat
+
+
+def parameters(params: Any) -> dict[str, Any]:
+    """The leaves that are arrays and parameters, by path: in an `nnx.State`, those in an `nnx.Param`.
+
+    Batch statistics and random keys are none.
+    """
+    other = lambda leaf: isinstance(leaf, nnx_type("Variable")) and not isinstance(leaf, nnx_type("Param"))
+    opened = {path: _open(leaf) for path, leaf in _leaves(params)[0] if not other(leaf)}
+    return {path: leaf for path, leaf in opened.items() if hasattr(leaf, "shape")}
+
+
+def is_floating(leaf: Any) -> bool:
+    """Whether an array holds floats."""
+    return jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
 def replace(params: Any, new: Mapping[str, Any]) -> Any:

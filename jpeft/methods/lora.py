@@ -10,6 +10,7 @@ their A and B are these, transposed.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
@@ -83,7 +84,7 @@ class LoRA:
         freeze("layers_pattern", frozen_names(self.layers_pattern, regex=False))
         if self.layers_to_transform is not None:
             layers = self.layers_to_transform
-            freeze("layers_to_transform", (layers,) if isinstance(layers, int) else tuple(layers))
+            freeze("layers_to_transform", (layers,) if isinstance(layers, int) else tuple(layers) or None)
         freeze("rank_pattern", frozen_mapping(self.rank_pattern))
         freeze("alpha_pattern", frozen_mapping(self.alpha_pattern))
         _check(self)
@@ -100,13 +101,13 @@ class LoRA:
         names = frozen_names(self.targets), frozen_names(self.exclude)
         return Targets(*names, layers, frozen_names(self.layers_pattern, regex=False), tuple(self.modules_to_save))
 
-    def rank_of(self, module: str) -> int:
-        """r of the module at a path."""
-        return pattern_value(self.rank_pattern, module, self.rank)
+    def rank_of(self, *names: str) -> int:
+        """r of the weight in a module, or by its other names."""
+        return pattern_value(self.rank_pattern, names, self.rank)
 
-    def alpha_of(self, module: str) -> float:
-        """Alpha of the module at a path."""
-        return pattern_value(self.alpha_pattern, module, self.rank if self.alpha is None else self.alpha)
+    def alpha_of(self, *names: str) -> float:
+        """Alpha of the weight in a module, or by its other names."""
+        return pattern_value(self.alpha_pattern, names, self.rank if self.alpha is None else self.alpha)
 
     def scaling(self, rank: int, alpha: float | None = None) -> float:
         """s: `alpha / r`, or `alpha / sqrt(r)` if rank-stabilised; 0 at rank 0, where there is nothing to scale."""
@@ -118,11 +119,22 @@ def _check(spec: LoRA) -> None:
     for name, rank in (("rank", spec.rank), *frozen_mapping(spec.rank_pattern)):
         if not isinstance(rank, int) or isinstance(rank, bool) or rank < 0:
             raise SpecError(f"LoRA: {name} must be an integer >= 0; found {rank!r}")
+    regexes = [names for names in (spec.targets, spec.exclude) if isinstance(names, str)]
+    patterns = (*frozen_mapping(spec.rank_pattern), *frozen_mapping(spec.alpha_pattern))
+    for regex in (*regexes, *(name for name, _ in patterns), *spec.layers_pattern):
+        _check_regex(regex)
     if not 0 <= spec.dropout < 1:
         raise SpecError(f"LoRA: dropout must be in [0, 1); found {spec.dropout!r}")
     for name, known in (("bias", ("none", "all", "lora_only")), ("init", ("kaiming", "gaussian"))):
         if getattr(spec, name) not in known:
             raise SpecError(f"LoRA: {name} must be one of {known}; found {getattr(spec, name)!r}")
+
+
+def _check_regex(regex: str) -> None:
+    try:
+        re.compile(regex)
+    except re.error as error:
+        raise SpecError(f"LoRA: {regex!r} is no regex ({error}); names go in a list: targets=[{regex!r}]") from error
 
 
 def init(key: Array, kernel: Kernel, spec: LoRA, rank: int, dtype: jnp.dtype) -> Leaves:
