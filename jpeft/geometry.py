@@ -10,7 +10,7 @@ from jpeft.kernel import Kernel, Kernels
 from jpeft.lift import observe
 from jpeft.rewrite.program import Program, Result, Use
 from jpeft.rewrite.weight import Weight
-from jpeft.tree import flatten, map_leaves
+from jpeft.tree import flatten, map_leaves, nnx_type
 from jpeft.view import View
 
 
@@ -52,7 +52,7 @@ def kernels(fn: Callable[..., Any], params: Any, *example: Any, **kwargs: Any) -
 
 def _watched(params: Any) -> tuple[Any, Any]:
     """The params with every leaf watched, and the part of them that paths start from."""
-    if isinstance(params, Mapping) and "params" in params:
+    if isinstance(params, Mapping) and "params" in params and not isinstance(params, nnx_type("State")):
         inner = {**params, "params": map_leaves(_watch, params["params"])}
         return inner, params["params"]
     return map_leaves(_watch, params), params

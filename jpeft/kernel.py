@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from jax import Array
 
@@ -40,10 +41,12 @@ class Kernel:
     uses: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if sorted((*self.batch, *self.contracted, *self.output)) != list(range(len(self.shape))):
+        groups = (self.batch, self.contracted, self.output)
+        each_once = sorted(axis for group in groups for axis in group) == list(range(len(self.shape)))
+        if not each_once or any(list(group) != sorted(group) for group in groups):
             raise KernelError(
-                f"axes of a weight of shape {self.shape}: each must be contracted, output or batch, exactly once; "
-                f"found contracted {self.contracted}, output {self.output}, batch {self.batch}"
+                f"axes of a weight of shape {self.shape}: each must be contracted, output or batch, exactly once, in "
+                f"ascending order; found contracted {self.contracted}, output {self.output}, batch {self.batch}"
             )
 
     def sizes(self, axes: tuple[int, ...]) -> tuple[int, ...]:
@@ -89,8 +92,12 @@ class Kernels(Mapping[str, Kernel]):
     entries: tuple[tuple[str, Kernel], ...]
     unknown: tuple[tuple[str, str], ...] = ()
 
+    @cached_property
+    def _by_path(self) -> dict[str, Kernel]:
+        return dict(self.entries)
+
     def __getitem__(self, path: str) -> Kernel:
-        return dict(self.entries)[path]
+        return self._by_path[path]
 
     def __iter__(self) -> Iterator[str]:
         return iter(path for path, _ in self.entries)
