@@ -10,7 +10,7 @@ from jpeft.kernel import Kernel, Kernels
 from jpeft.lift import observe
 from jpeft.rewrite.program import Program, Result, Use
 from jpeft.rewrite.weight import Weight
-from jpeft.tree import flatten, map_leaves, nnx_type
+from jpeft.tree import nnx_type, parameters, replace
 from jpeft.view import View
 
 
@@ -44,7 +44,7 @@ def kernels(fn: Callable[..., Any], params: Any, *example: Any, **kwargs: Any) -
     head: set[str] = set()
     is_head = lambda out: isinstance(out, Result) and not out.squashed
     observe(fn, program, (watched, *example), kwargs, lambda outs: head.update(out.path for out in filter(is_head, outs)))
-    found = _report(flatten(root), program.uses, head - program.passed_on)
+    found = _report(parameters(root), program.uses, head - program.passed_on)
     if not found:
         raise KernelError("the function reads none of its first argument's leaves in a product; are these its params?")
     return found
@@ -53,9 +53,8 @@ def kernels(fn: Callable[..., Any], params: Any, *example: Any, **kwargs: Any) -
 def _watched(params: Any) -> tuple[Any, Any]:
     """The params with every leaf watched, and the part of them that paths start from."""
     if isinstance(params, Mapping) and "params" in params and not isinstance(params, nnx_type("State")):
-        inner = {**params, "params": map_leaves(_watch, params["params"])}
-        return inner, params["params"]
-    return map_leaves(_watch, params), params
+        return {**params, "params": _watched(params["params"])[0]}, params["params"]
+    return replace(params, {path: _watch(path, leaf) for path, leaf in parameters(params).items()}), params
 
 
 def _watch(path: str, leaf: Any) -> Weight:
@@ -94,6 +93,8 @@ def _geometry(shape: tuple[int, ...], uses: list[Use], head: bool) -> Kernel | s
             return f"has uses of different geometry: {found}"
     kind = "embedding" if lookups else "conv" if first.how == "conv" else "product"
     contracted, output, batch = axes
+    if not contracted or not output:
+        return f"is a vector to {first.equation}: contracted {contracted}, output {output}"
     met = tuple(use.how if use.roles is not None else use.equation for use in uses)
     return Kernel(shape, contracted, output, batch, kind, first.groups, head, met)
 
