@@ -112,11 +112,16 @@ def _of_folder(folder: Path) -> Summary:
         if leaf in ("a", "b"):
             modules.setdefault(name, {})[leaf] = tensor
         else:
-            plain.append(_plain(name if leaf is None else f"{name}.lora_B.bias", tensor))
+            plain.append(_plain(_told(name) if leaf is None else f"{name}.lora_B.bias", tensor))
     factors = tuple(
         _pair(name, leaves, spec, folder / WEIGHTS) for name, leaves in sorted(modules.items(), key=_numbered)
     )
     return Summary("PEFT folder, LoRA", config, factors, tuple(sorted(plain, key=lambda one: _numbered((one.name,)))))
+
+
+def _told(name: str) -> str:
+    """A trained bias by its own name; PEFT writes the layer that it wraps into it."""
+    return name.replace(".base_layer.bias", ".bias")
 
 
 def _numbered(named: Sequence[Any]) -> list[tuple[int, str]]:

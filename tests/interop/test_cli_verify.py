@@ -68,6 +68,8 @@ def test_bad_input(folders: tuple[Path, Path], tmp_path: Path) -> None:
     assert run("verify", model, "--text", "").exit_code == 2
     _, params = load_model(model)
     jpeft.save(tmp_path / "native.safetensors", load_peft(adapter, params))
+    (tmp_path / "latin").write_bytes("ü".encode("latin-1"))
+    assert run("verify", model, "--file", tmp_path / "latin").exit_code == 2
     for arguments, words in {
         (tmp_path / "nowhere",): "no such folder",
         (model, "--adapter", tmp_path / "nowhere"): "no such folder or file",

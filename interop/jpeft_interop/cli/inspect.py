@@ -41,7 +41,7 @@ def inspect(
             console.print(table)
     ranks = ", ".join(map(str, sorted({one.rank for one in summary.factors}))) or "none"
     count = f"{len(summary.factors)} modules, rank {ranks}; {len(summary.plain)} other params"
-    console.print(f"{count}; {summary.size:,} parameters in all", highlight=False)
+    console.print(f"{count}; {summary.size:,} numbers stored", highlight=False)
 
 
 def _config(summary: Summary) -> Table:

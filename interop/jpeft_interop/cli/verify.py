@@ -11,6 +11,7 @@ import typer
 from jpeft_interop.cli.arguments import AdapterOption, ModelArgument, require_adapter, require_model
 
 if TYPE_CHECKING:
+    import numpy as np
     from rich.table import Table
 
     from jpeft_interop.verify import Comparison
@@ -57,10 +58,15 @@ def verify(
 
 
 def _lines(file: Path | None) -> list[str]:
-    return [] if file is None else [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if file is None:
+        return []
+    try:
+        return [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise typer.BadParameter(f"{file}: not UTF-8: {error.reason} at byte {error.start}") from None
 
 
-def _ids(ids, text: str):
+def _ids(ids: np.ndarray, text: str) -> np.ndarray:
     if not len(ids):
         raise typer.BadParameter(f"the text {text!r} has no tokens")
     return ids
