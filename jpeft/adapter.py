@@ -176,7 +176,7 @@ def _replaced_paths(spec: Spec, adapted: list[str], flat: Mapping[str, Any]) -> 
     saved = [path for path in flat if saves_module(spec.modules_to_save, path)]
     for name in spec.modules_to_save:
         if not any(saves_module((name,), path) for path in flat):
-            raise SpecError(f"modules_to_save: {name!r} matches nothing; the nearest are {nearest(name, flat)}")
+            raise SpecError(f"modules_to_save: {name!r} matches nothing; the nearest are {nearest(name, map(module_of, flat))}")
     biases = [path for path in flat if spec.bias != "none" and is_bias(path)]
     return sorted({*saved, *biases})
 

@@ -131,8 +131,19 @@ def dotted(path: str) -> str:
 
 
 def nearest(name: str, known: Iterable[str], n: int = 3) -> str:
-    """The known names closest to `name`, for an error message."""
-    known = list(known)
-    close = difflib.get_close_matches(name, known, n=n, cutoff=0.3) or known[:n]
-    rest = len(known) - len(close)
-    return ", ".join(map(repr, close)) + (f" (and {rest} more)" if rest > 0 else "") if known else "(there are none)"
+    """The known names closest to `name`, for an error message.
+
+    Compared with as many of their last parts as `name` has; of several that end alike, the first is shown.
+
+    Example:
+      >>> nearest("qproj", ["layers.0.attn.q_proj", "layers.1.attn.q_proj", "layers.0.mlp.up_proj"], n=1)
+      "'layers.0.attn.q_proj' (and 2 more)"
+    """
+    known = list(dict.fromkeys(known))
+    parts = lambda path: path.replace("/", ".").split(".")
+    wanted = parts(name)
+    by_tail = {".".join(parts(path)[-len(wanted) :]): path for path in reversed(known)}
+    close = difflib.get_close_matches(".".join(wanted), by_tail, n=n, cutoff=0.3)
+    shown = [by_tail[tail] for tail in close] or known[:n]
+    rest = len(known) - len(shown)
+    return ", ".join(map(repr, shown)) + (f" (and {rest} more)" if rest > 0 else "") if known else "(there are none)"
