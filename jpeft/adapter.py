@@ -23,7 +23,7 @@ from jpeft.method import Leaves
 from jpeft.methods import lora
 from jpeft.methods.lora import LoRA
 from jpeft.targets import frozen_mapping, matches_pattern, resolve, saves_module, selected_layers
-from jpeft.tree import dotted, flatten, is_floating, is_weight, module_of, nearest, parameters
+from jpeft.tree import base_leaves, dotted, is_floating, module_of, nearest, parameters
 
 Part = dict[str, Leaves]
 Spec = LoRA
@@ -116,15 +116,19 @@ def init(key: Array, spec: Spec, params: Any, *, kernels: Kernels | None = None,
     """
     if not isinstance(spec, LoRA):
         raise SpecError(f"init takes a spec, as in init(key, jpeft.LoRA(rank=8), params); found {type(spec).__name__}")
-    flat = _base_leaves(params)
+    flat = base_leaves(params)
     kernels = default_kernels(flat) if kernels is None else kernels
     _check_fit(kernels, flat)
     sites = [_site(spec, path, kernels[path]) for path in resolve(spec.where, kernels)]
     _check_sites(spec, sites, flat)
     trainable = {path: leaf for path, leaf in parameters(params).items() if is_floating(leaf)}
-    replaced = [_replacement(path, flat[path].shape) for path in _replaced_paths(spec, [s.path for s in sites], trainable)]
+    replaced = [
+        _replacement(path, flat[path].shape) for path in _replaced_paths(spec, [s.path for s in sites], trainable)
+    ]
     if not sites and not replaced:
-        raise SpecError(f"{spec} trains nothing: it has no targets, no modules_to_save and no biases that these params have")
+        raise SpecError(
+            f"{spec} trains nothing: it has no targets, no modules_to_save and no biases that these params have"
+        )
     trained: Part = {site.path: lora.init(_fold(key, site.path), site.kernel, spec, site.rank, dtype) for site in sites}
     trained |= {site.path: {"value": _trainable_copy(flat[site.path], site.path)} for site in replaced}
     constant: Part = {site.path: {"scaling": _scaling(spec, site)} for site in sites}
@@ -133,14 +137,6 @@ def init(key: Array, spec: Spec, params: Any, *, kernels: Kernels | None = None,
 
 def _fold(key: Array, path: str) -> Array:
     return jax.random.fold_in(key, zlib.crc32(path.encode()))
-
-
-def _base_leaves(params: Any) -> dict[str, Any]:
-    flat = flatten(params)
-    for path, leaf in flat.items():
-        if is_weight(leaf):
-            raise KernelError(f"{path!r} has an adapter attached; give the base params")
-    return flat
 
 
 def _site(spec: Spec, path: str, kernel: Kernel) -> Site:
@@ -152,7 +148,9 @@ def _check_sites(spec: Spec, sites: list[Site], flat: Mapping[str, Any]) -> None
     """Weights have to be floating, and each pattern has to mean one of them."""
     for site in sites:
         if not is_floating(flat[site.path]):
-            raise KernelError(f"{site.path!r} holds {flat[site.path].dtype}; expected a floating dtype: dequantize it first")
+            raise KernelError(
+                f"{site.path!r} holds {flat[site.path].dtype}; expected a floating dtype: dequantize it first"
+            )
     for name, _ in (*frozen_mapping(spec.rank_pattern), *frozen_mapping(spec.alpha_pattern)):
         if not any(matches_pattern(name, module_of(site.path), site.path) for site in sites):
             modules = [dotted(module_of(site.path)) for site in sites]
@@ -176,7 +174,9 @@ def _replaced_paths(spec: Spec, adapted: list[str], flat: Mapping[str, Any]) -> 
     saved = [path for path in flat if saves_module(spec.modules_to_save, path)]
     for name in spec.modules_to_save:
         if not any(saves_module((name,), path) for path in flat):
-            raise SpecError(f"modules_to_save: {name!r} matches nothing; the nearest are {nearest(name, map(module_of, flat))}")
+            raise SpecError(
+                f"modules_to_save: {name!r} matches nothing; the nearest are {nearest(name, map(module_of, flat))}"
+            )
     biases = [path for path in flat if spec.bias != "none" and is_bias(path)]
     return sorted({*saved, *biases})
 
@@ -241,7 +241,7 @@ def count(params: Any, adapter: Adapter) -> Count:
       trainable params: 5 || all params: 11 || trainable%: 45.4545
     """
     trained = sum(_trained_size(adapter, site) for site in adapter.sites)
-    _base_leaves(params)
+    base_leaves(params)
     return Count(trained, trained + sum(math.prod(leaf.shape) for leaf in parameters(params).values()))
 
 

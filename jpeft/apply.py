@@ -14,10 +14,10 @@ from jax.typing import ArrayLike
 
 from jpeft.adapter import Adapter, Site
 from jpeft.errors import KernelError, MergeError, SpecError
-from jpeft.kernel import from_matrix, to_matrix
+from jpeft.kernel import from_matrix, to_matrix, wide
 from jpeft.method import Leaves
 from jpeft.methods import METHODS
-from jpeft.tree import beside, flatten, is_weight, nearest, replace
+from jpeft.tree import beside, flatten, is_floating, is_weight, nearest, replace
 
 Adapters = Adapter | Sequence[Adapter] | Mapping[str, Adapter]
 Weights = ArrayLike | Sequence[Any] | Mapping[str, Any] | None
@@ -55,7 +55,7 @@ def apply(params: Any, adapter: Adapters, weights: Weights = None) -> Any:
     new = {path: adapted(flat[path], group) for path, group in effects.items()}
     for path, group in effects.items():  # after all else: a bias may be replaced and added to
         for bias, change in _bias_changes(path, flat, group):
-            new[bias] = (_wide(new.get(bias, flat[bias])) + change).astype(flat[bias].dtype)
+            new[bias] = (wide(new.get(bias, flat[bias])) + change).astype(flat[bias].dtype)
     return replace(params, new)
 
 
@@ -93,7 +93,8 @@ def weighted_adapters(adapters: Adapters, weights: Weights = None) -> list[Weigh
         raise TypeError(
             f"expected an adapter, made by jpeft.init(key, spec, params) or jpeft.load(path); found {_kind(group)}"
         )
-    amounts = [None] * len(group) if weights is None else [weights] if np.ndim(weights) == 0 else list(weights)
+    amounts: Any = [None] * len(group) if weights is None else weights
+    amounts = list(amounts) if np.ndim(amounts) else [amounts]
     if len(amounts) != len(group):
         raise SpecError(f"{len(amounts)} weights for {len(group)} adapters")
     return list(zip(group, amounts, strict=True))
@@ -122,6 +123,8 @@ def check_fit(flat: Mapping[str, Any], pairs: Sequence[Weighted]) -> None:
                 raise KernelError(
                     f"{site.path!r}: the adapter is for shape {site.kernel.shape}, the params have {tuple(leaf.shape)}"
                 )
+            if not is_floating(leaf):
+                raise KernelError(f"{site.path!r} holds {leaf.dtype}; expected a floating dtype: dequantize it first")
 
 
 class Effect(NamedTuple):
@@ -166,14 +169,10 @@ def _leaves(adapter: Adapter, site: Site, weight: Any) -> Leaves:
     return method.weighted(leaves, jnp.asarray(weight, jnp.float32))
 
 
-def _wide(leaf: Array) -> Array:
-    return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
-
-
 def adapted(weight: Array, effects: Sequence[Effect]) -> Array:
     """One weight with its effects: fp32 maths, the weight's own dtype and axes."""
     kernel = effects[0][0].kernel
-    matrix = adapted_matrix(_wide(to_matrix(weight, kernel)), effects)
+    matrix = adapted_matrix(wide(to_matrix(weight, kernel)), effects)
     return from_matrix(matrix, kernel).astype(weight.dtype)
 
 
@@ -188,15 +187,15 @@ def _check_all_uses(effects: Mapping[str, Sequence[Effect]]) -> None:
     for site, *_ in (effect for group in effects.values() for effect in group):
         if site.use is not None:
             raise MergeError(
-                f"{site.path!r} is read both as a lookup and as the output head, and the adapter acts on the {site.use} "
-                "alone: no single weight does that. Run it with jpeft.lift and jpeft.attach"
+                f"{site.path!r} is read both as a lookup and as the output head, and the adapter acts on the "
+                f"{site.use} alone: no single weight does that. Run it with jpeft.lift and jpeft.attach"
             )
 
 
 def _bias_changes(path: str, flat: Mapping[str, Any], effects: Sequence[Effect]) -> list[tuple[str, Array]]:
     changes = []
     for site, leaves, _ in effects:
-        change = METHODS[site.method].bias({name: _wide(leaf) for name, leaf in leaves.items()})
+        change = METHODS[site.method].bias({name: wide(leaf) for name, leaf in leaves.items()})
         if change is None:
             continue
         bias = beside(path, "bias")

@@ -10,7 +10,7 @@ from jpeft.kernel import Kernel, Kernels
 from jpeft.lift import observe
 from jpeft.rewrite.program import Program, Result, Use
 from jpeft.rewrite.weight import Weight
-from jpeft.tree import nnx_type, parameters, replace
+from jpeft.tree import base_leaves, nnx_type, parameters, replace
 from jpeft.view import View
 
 
@@ -41,9 +41,12 @@ def kernels(fn: Callable[..., Any], params: Any, *example: Any, **kwargs: Any) -
     """
     program = Program(watch=True)
     watched, root = _watched(params)
+    base_leaves(root)
     head: set[str] = set()
     is_head = lambda out: isinstance(out, Result) and not out.squashed
-    observe(fn, program, (watched, *example), kwargs, lambda outs: head.update(out.path for out in filter(is_head, outs)))
+    observe(
+        fn, program, (watched, *example), kwargs, lambda outs: head.update(out.path for out in filter(is_head, outs))
+    )
     found = _report(parameters(root), program.uses, head - program.passed_on)
     if not found:
         raise KernelError("the function reads none of its first argument's leaves in a product; are these its params?")

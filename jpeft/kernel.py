@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+import jax.numpy as jnp
 from jax import Array
 
 from jpeft.errors import KernelError
@@ -80,6 +81,11 @@ def from_matrix(matrix: Array, kernel: Kernel) -> Array:
     order = (*kernel.batch, *kernel.contracted, *kernel.output)
     back = tuple(order.index(axis) for axis in range(len(order)))
     return matrix.reshape(kernel.sizes(order)).transpose(back)
+
+
+def wide(array: Array) -> Array:
+    """In the precision that adapted weights are computed in: float32, or float64 where it is that."""
+    return array if array.dtype == jnp.float64 else array.astype(jnp.float32)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax.core.meta import AxisMetadata
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 
-from jpeft.errors import SpecError
+from jpeft.errors import KernelError, SpecError
 
 
 def nnx_type(name: str) -> type | tuple[()]:
@@ -74,6 +74,19 @@ def flatten(params: Any) -> dict[str, Any]:
         if path in flat:
             raise SpecError(f"two leaves of the params have the path {path!r}; rename one of them")
         flat[path] = _open(leaf)
+    return flat
+
+
+def base_leaves(params: Any) -> dict[str, Any]:
+    """`flatten`, of params that have nothing attached.
+
+    Raises:
+      KernelError: they have.
+    """
+    flat = flatten(params)
+    for path, leaf in flat.items():
+        if is_weight(leaf):
+            raise KernelError(f"{path!r} has an adapter attached; give the base params")
     return flat
 
 

@@ -6,11 +6,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import Array
 
 from jpeft.errors import LiftError
-from jpeft.kernel import Kernel
+from jpeft.kernel import Kernel, wide
 from jpeft.method import Leaves
 from jpeft.methods import METHODS
 from jpeft.view import Atom, View, covers
@@ -48,8 +47,8 @@ class Weight:
     def __jax_array__(self) -> Array:
         """Where JAX would take an array: outside of a lifted function."""
         raise LiftError(
-            f"{self.path!r} has an adapter attached and is no plain array: call jpeft.lift(fn) with the attached params "
-            "as an argument, or use jpeft.apply(params, adapter) with the function itself"
+            f"{self.path!r} has an adapter attached and is no plain array: call jpeft.lift(fn) with the attached "
+            "params as an argument, or use jpeft.apply(params, adapter) with the function itself"
         )
 
     def moved(self, value: Array, view: View) -> Weight:
@@ -94,10 +93,9 @@ class Weight:
         """The adapted weight itself, formed: always right, and what the fast path is there to avoid."""
         if not self.branches:
             return self.value
-        wide = jnp.promote_types(self.value.dtype, jnp.float32)
-        matrix = self.to_matrix(self.value).astype(wide)
+        matrix = wide(self.to_matrix(self.value))
         for branch in self.branches:
-            leaves = {name: leaf.astype(wide) for name, leaf in branch.leaves.items()}
+            leaves = {name: leaf.astype(matrix.dtype) for name, leaf in branch.leaves.items()}
             matrix = METHODS[branch.method].transform(matrix, leaves)
         return self.from_matrix(matrix).astype(self.value.dtype)
 
