@@ -25,6 +25,7 @@ from jpeft.tree import flatten, module_of
 from jpeft_interop.any_adapter import load_adapter
 from jpeft_interop.arrays import host, is_finite, own
 from jpeft_interop.checkpoint import match, model_table
+from jpeft_interop.classifier_config import with_adapters_head
 from jpeft_interop.fit import some
 from jpeft_interop.load_model import hf_folder, read_config
 from jpeft_interop.models import Family, build, family, pure
@@ -101,9 +102,10 @@ def merge_folder(
     folder = hf_folder(model)
     if Path(out).resolve() in (folder.resolve(), Path(adapter).resolve()):
         raise MergeError(f"{out}: merging would overwrite what it reads from; choose another folder")
-    config = read_config(folder)
+    config = with_adapters_head(read_config(folder), Path(adapter))
     base = _base(folder, config)
     found = load_adapter(adapter, nest(base.leaves))
+    _require_head(base, found, folder)
     untied = _has_to_untie(found, untie)
     if untied:
         config = config | {UNTIE: False}
@@ -130,14 +132,18 @@ def _base(folder: Path, config: Mapping[str, Any]) -> _Base:
     weights, known = read_weights(folder), family(config.get("model_type"))
     shapes = _shapes(config)
     table = model_table(shapes, known)
-    name = str(next(iter(config.get("architectures") or ["the model"])))
-    found = match(weights, table, shapes, known, name)
-    if found.missing:
-        raise WeightsError(
-            f"{folder} has no weights for the head of {name}: {some(found.missing)}; nothing was written"
-        )
-    leaves = {path: to_jax(weights[found.sources[path]], table[path]) for path in table}
-    return _Base(leaves, table, found.sources, weights, known, found.ignored)
+    found = match(weights, table, shapes, known, str(next(iter(config.get("architectures") or ["the model"]))))
+    dtype = next((weights.spec(key).dtype for key in found.sources.values()), np.dtype(np.float32))
+    leaves = {path: np.broadcast_to(np.zeros((), dtype), shapes[path].shape) for path in found.missing}
+    leaves |= {path: to_jax(weights[key], table[path]) for path, key in found.sources.items()}
+    return _Base({path: leaves[path] for path in table}, table, found.sources, weights, known, found.ignored)
+
+
+def _require_head(base: _Base, adapter: jpeft.Adapter, folder: Path) -> None:
+    """A head that the base lacks comes whole from the adapter."""
+    brought = {site.path for site in adapter.sites if site.method == "replacement"}
+    if missing := [path for path in base.leaves if path not in base.sources and path not in brought]:
+        raise WeightsError(f"{folder} has no weights for {some(missing)}, and the adapter does not bring them")
 
 
 def _shapes(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -212,7 +218,8 @@ def _leaf(base: _Base, path: str, name: str, adapter: jpeft.Adapter, sites: tupl
         if not sites:
             return array
         merged = _run(array, part, _name(path), beside, base.table[path])
-        base.weights.release(base.sources[path])
+        if path in base.sources:
+            base.weights.release(base.sources[path])
         if not is_finite(merged):
             raise MergeError(f"{name!r} holds values that are not finite after merging; nothing was written")
         return merged

@@ -10,9 +10,11 @@ from typing import Any
 
 import numpy as np
 
+import jpeft
 from jpeft.errors import AdapterError
+from jpeft_interop.base import CAUSAL_LM, Base, load_adapted
 from jpeft_interop.load_model import hf_folder, load_model, read_config
-from jpeft_interop.load_peft import load_peft
+from jpeft_interop.load_peft import load_peft, read_peft_config
 from jpeft_interop.models import ModelError
 from jpeft_interop.torch_check import Difference, differences, jax_logits, torch_logits
 
@@ -52,17 +54,26 @@ def verify(
             f"{adapter} is a file, and torch reads folders; write one: jpeft_interop.save_peft(folder, …)"
         )
     folder = hf_folder(model)
-    name = _architecture(read_config(folder), folder)
-    forward, params = load_model(folder, dtype="float32")
-    ours = jax_logits(forward, params, None if adapter is None else load_peft(adapter, params), ids)
-    theirs = torch_logits(folder, None if adapter is None else Path(adapter), ids, architecture=name)
-    found = differences(ours, theirs, ids)
-    return [_comparison(one, mine, other) for one, mine, other in zip(found, ours, theirs, strict=True)]
+    base, found = _load(folder, adapter)
+    ours = jax_logits(base.forward, base.params, found, ids)
+    there = None if adapter is None else Path(adapter)
+    theirs = torch_logits(folder, there, ids, architecture=base.architecture, labels=base.labels)
+    records = differences(ours, theirs, ids)
+    return [_comparison(one, mine, other) for one, mine, other in zip(records, ours, theirs, strict=True)]
 
 
 def largest_logit_difference(found: Sequence[Comparison]) -> float:
     """The largest difference in any of the texts."""
     return max((one.largest for one in found), default=0.0)
+
+
+def _load(folder: Path, adapter: str | os.PathLike[str] | None) -> tuple[Base, jpeft.Adapter | None]:
+    """The base under the head that the adapter's config tells of; the base's own where it tells of none."""
+    if adapter is not None and read_peft_config(adapter).task_type is not None:
+        return load_adapted(folder, Path(adapter), dtype="float32")
+    name = _architecture(read_config(folder), folder)
+    base = Base(folder, CAUSAL_LM, name, *load_model(folder, "float32"))
+    return base, None if adapter is None else load_peft(adapter, base.params)
 
 
 def _architecture(config: dict[str, Any], folder: Path) -> str:

@@ -74,6 +74,17 @@ def test_a_classifier_merges(tmp_path: Path) -> None:
     np.testing.assert_allclose(logits(merged), logits(peft_model), atol=1e-5)
 
 
+def test_an_adapter_brings_the_head_that_its_base_lacks(tmp_path: Path) -> None:
+    classifier = base(bert, num_labels=3)
+    config = {"task_type": "SEQ_CLS", "target_modules": ["query"], "modules_to_save": ["classifier"]}
+    _, adapter, peft_model = folders(tmp_path, classifier, **config)
+    classifier.bert.save_pretrained(tmp_path / "headless")
+    merge_folder(tmp_path / "headless", adapter, tmp_path / "out")
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    assert logits(merged).shape == (1, 3)
+    np.testing.assert_allclose(logits(merged), logits(peft_model), atol=1e-5)
+
+
 @pytest.mark.parametrize(("make", "side"), [(llama, "embedding"), (llama, "head"), (gpt2, "head")])
 def test_one_side_of_a_tie(make: Any, side: str, tmp_path: Path) -> None:
     # PEFT's merge writes into the shared weight, and so changes the other side, too: its unmerged logits are right.

@@ -68,7 +68,7 @@ def generate(
         params = jpeft.attach(params, load_adapter(adapter, params))
     stream = Stream(tokenizer, ids, lambda text: typer.echo(text, nl=False))
     generate(
-        jpeft.lift(forward),
+        forward if adapter is None else jpeft.lift(forward),
         params,
         ids[None],
         max_new_tokens=max_new_tokens,
