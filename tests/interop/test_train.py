@@ -20,7 +20,7 @@ from tiny_folder import CONFIGS
 @pytest.fixture(scope="module")
 def model():
     """A forward, its params, an adapter that does something, a batch with labels here and there."""
-    config = CONFIGS["llama"] | {"vocab_size": 61, "num_hidden_layers": 1}
+    config = CONFIGS["llama"] | {"vocab_size": 61}
     forward, abstract = pure(nnx.eval_shape(lambda: build(config)))
     rng = np.random.default_rng(0)
     noise = lambda scale, leaf: jnp.asarray(scale * rng.standard_normal(leaf.shape), jnp.float32)
