@@ -52,7 +52,7 @@ def apply(params: Any, adapter: Adapters, weights: Weights = None) -> Any:
     check_fit(flat, pairs)
     effects = effects_by_path(pairs)
     _check_all_uses(effects)
-    new = {path: adapted(flat[path], group) for path, group in effects.items()}
+    new: dict[str, Any] = {path: adapted(flat[path], group) for path, group in effects.items()}
     for path, group in effects.items():  # after all else: a bias may be replaced and added to
         for bias, change in _bias_changes(path, flat, group):
             new[bias] = (wide(new.get(bias, flat[bias])) + change).astype(flat[bias].dtype)
@@ -94,7 +94,8 @@ def weighted_adapters(adapters: Adapters, weights: Weights = None) -> list[Weigh
             f"expected an adapter, made by jpeft.init(key, spec, params) or jpeft.load(path); found {_kind(group)}"
         )
     amounts: Any = [None] * len(group) if weights is None else weights
-    amounts = list(amounts) if np.ndim(amounts) else [amounts]
+    several = isinstance(amounts, (list, tuple)) or getattr(amounts, "ndim", 0) > 0
+    amounts = list(amounts) if several else [amounts]
     if len(amounts) != len(group):
         raise SpecError(f"{len(amounts)} weights for {len(group)} adapters")
     return list(zip(group, amounts, strict=True))

@@ -93,7 +93,11 @@ def evaluate(fn: Callable[..., Any], program: Program, leaves: list[Any], tree: 
 
 
 def observe(
-    fn: Callable[..., Any], program: Program, args: Sequence[Any], kwargs: dict[str, Any], visit: Callable[[list[Any]], Any]
+    fn: Callable[..., Any],
+    program: Program,
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    visit: Callable[[list[Any]], Any],
 ) -> list[Any]:
     """`evaluate` abstractly, for what `program` sees: nothing is computed. `visit` gets the outputs while they live.
 

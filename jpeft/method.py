@@ -35,8 +35,8 @@ class Method(NamedTuple):
       weighted: `(leaves, weight) -> leaves` with `weight * ΔW`; goes with `delta`.
       product: the fast path through a product; None leaves the dense weight.
       transposed: the leaves of the same adapter on `Wᵀ`; None where such a product has to be dense.
-      lookup: the fast path through an embedding's lookup or a convolution, `(take, leaves) -> what to add`: `take(A)` are
-        the rows of A (in, r) that the model takes of its table, or A convolved with the input, (..., r).
+      lookup: the fast path through an embedding's lookup or a convolution, `(take, leaves) -> what to add`: `take(A)`
+        are the rows of A (in, r) that the model takes of its table, or A convolved with the input, (..., r).
       bias: `leaves -> (*batch, out)`, what is added to the layer's result, or None.
     """
 

@@ -160,7 +160,9 @@ def _check_exclusions(exclude: str | tuple[str, ...], kernels: Kernels) -> None:
     known = (*kernels, *dict(kernels.unknown))
     for name in () if isinstance(exclude, str) else exclude:
         if not any(names_weight((name,), path) for path in known):
-            raise SpecError(f"exclude: {name!r} matches nothing; the nearest are {nearest(dotted(name), _names(kernels))}")
+            raise SpecError(
+                f"exclude: {name!r} matches nothing; the nearest are {nearest(dotted(name), _names(kernels))}"
+            )
 
 
 def _names(kernels: Kernels) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import jax
@@ -10,9 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 import jpeft
+import zoo
 from zoo import Case
 
 TOLERANCE = 1e-5
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # to compile, for references
 
 
 def perturbed(adapter: jpeft.Adapter, seed: int = 1, scale: float = 0.3) -> jpeft.Adapter:
@@ -31,8 +34,10 @@ def is_floating(leaf: Any) -> bool:
     return jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
-def outputs_and_gradients(run: Callable[[Any, Any, Any], Any], trained: Any, params: Any, x: Any, reverse: bool = True):
-    """`run(trained, params, x)` and the gradients of a random functional of it, to all three, in one compiled program."""
+def outputs_and_gradients(
+    run: Callable[[Any, Any, Any], Any], trained: Any, params: Any, x: Any, reverse: bool = True, options: Any = None
+) -> tuple[Any, Any]:
+    """`run(trained, params, x)` and the gradients of a random functional of it, to all three, in one program."""
     leaves, tree = jax.tree.flatten((trained, params, x))
     chosen = [i for i, leaf in enumerate(leaves) if is_floating(leaf)]
 
@@ -43,14 +48,22 @@ def outputs_and_gradients(run: Callable[[Any, Any, Any], Any], trained: Any, par
     def scalar(floating: list[Any]) -> tuple[Any, Any]:
         out = function(floating)
         rng = np.random.default_rng(0)
-        return sum((leaf * rng.standard_normal(leaf.shape).astype(leaf.dtype)).sum() for leaf in jax.tree.leaves(out)), out
+        return sum(
+            (leaf * rng.standard_normal(leaf.shape).astype(leaf.dtype)).sum() for leaf in jax.tree.leaves(out)
+        ), out
 
     floating = [leaves[i] for i in chosen]
     if not reverse:
-        return jax.jit(function)(floating), None
-    gradients, out = jax.jit(jax.grad(scalar, has_aux=True))(floating)
+        return jax.jit(function, compiler_options=options)(floating), None
+    gradients, out = jax.jit(jax.grad(scalar, has_aux=True), compiler_options=options)(floating)
     back = dict(zip(chosen, gradients, strict=True))
     return out, jax.tree.unflatten(tree, [back.get(i) for i in range(len(leaves))])
+
+
+def functional(out: Any) -> Any:
+    """A random linear functional of the outputs, always the same."""
+    rng = np.random.default_rng(0)
+    return sum((leaf * rng.standard_normal(leaf.shape).astype(leaf.dtype)).sum() for leaf in jax.tree.leaves(out))
 
 
 def assert_close(found: Any, expected: Any, tolerance: float = TOLERANCE) -> None:
@@ -84,13 +97,25 @@ def in_default_promotion(fn: Callable[..., Any]) -> Callable[..., Any]:
     return usual
 
 
-def check(case: Case, adapter: jpeft.Adapter, **options: Any) -> None:
-    args = adapter.trained, case.params, case.x
-    expected, gradients = outputs_and_gradients(by_definition(case, adapter), *args, reverse=case.reverse)
+@cache
+def reference(name: str) -> tuple[Any, Any]:
+    """Outputs and gradients of a case and its adapter by the definition."""
+    case = zoo.get(name)
+    adapter = adapter_for(case)
+    run = by_definition(case, adapter)
+    return outputs_and_gradients(run, adapter.trained, case.params, case.x, case.reverse, QUICK)
+
+
+def check(name: str, **options: Any) -> None:
+    """The fast path of a case against its definition, with no implicit promotion in jpeft's own code."""
+    case = zoo.get(name)
+    adapter = adapter_for(case)
+    expected, gradients = reference(name)
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
-        found, found_gradients = outputs_and_gradients(by_fast_path(case, adapter, **options), *args, reverse=case.reverse)
+        run = by_fast_path(case, adapter, **options)
+        found, found_gradients = outputs_and_gradients(run, adapter.trained, case.params, case.x, case.reverse)
     assert_close(found, expected)
     if case.reverse:
         assert_close(found_gradients, gradients)
         for path, leaf in jax.tree_util.tree_leaves_with_path(gradients[0]):
-            assert not leaf.size or np.abs(leaf).max() > 0, f"no gradient for {jax.tree_util.keystr(path)}"
+            assert np.abs(leaf).max() > 0, f"no gradient for {jax.tree_util.keystr(path)}"

@@ -81,7 +81,9 @@ def test_axes(name, path):
     assert (kernel.contracted, kernel.output, kernel.batch) == AXES[name, path]
 
 
-@pytest.mark.parametrize(("name", "kind"), [("linen_dense", "product"), ("linen_tied", "embedding"), ("linen_conv_1d", "conv")])
+@pytest.mark.parametrize(
+    ("name", "kind"), [("linen_dense", "product"), ("linen_tied", "embedding"), ("linen_conv_1d", "conv")]
+)
 def test_kinds(name, kind):
     case = zoo.get(name)
     assert case.found[case.kernels[0]].kind == kind
@@ -98,7 +100,9 @@ def test_uses_in_the_order_met():
 
 
 def test_leaves_that_meet_no_product_say_why():
-    assert dict(zoo.get("carried").found.unknown)["changed"] == "is read, but by no product, lookup or convolution: scan"
+    assert (
+        dict(zoo.get("carried").found.unknown)["changed"] == "is read, but by no product, lookup or convolution: scan"
+    )
     assert "add" in dict(zoo.get("lookups").found.unknown)["d"]
     biases = [why for path, why in zoo.get("linen_scan").found.unknown if path.endswith("bias")]
     assert biases == ["is read, but by no product, lookup or convolution: add"] * 2
@@ -107,11 +111,17 @@ def test_leaves_that_meet_no_product_say_why():
 
 
 def test_uses_that_disagree():
-    fn = lambda p, x: (x @ p["w"], jnp.einsum("btd,def->btef", x, p["w"].reshape(8, 2, 4)), x[..., :4] @ p["w"].reshape(4, 16))
+    fn = lambda p, x: (
+        x @ p["w"],
+        jnp.einsum("btd,def->btef", x, p["w"].reshape(8, 2, 4)),
+        x[..., :4] @ p["w"].reshape(4, 16),
+    )
     found = jpeft.kernels(lambda p, x: (fn(p, x), x @ p["v"]), {"w": zoo.normal(8, 8), "v": zoo.normal(8, 8)}, zoo.X)
     assert "part" in dict(found.unknown)["w"] or "different geometry" in dict(found.unknown)["w"]
     with pytest.raises(jpeft.KernelError, match=r"target 'w': 'w' (is used in part|has uses)"):
-        jpeft.init(jax.random.key(0), jpeft.LoRA(targets=["w"]), {"w": zoo.normal(8, 8), "v": zoo.normal(8, 8)}, kernels=found)
+        jpeft.init(
+            jax.random.key(0), jpeft.LoRA(targets=["w"]), {"w": zoo.normal(8, 8), "v": zoo.normal(8, 8)}, kernels=found
+        )
 
 
 def test_a_vector_is_no_kernel():
@@ -156,12 +166,15 @@ def test_nothing_is_allocated():
     found = jpeft.kernels(model.apply, variables, x)
     assert found["layers_2/kernel"].shape == (2**19, 2**19)
     assert time.perf_counter() - start < 20
-    adapter = jax.eval_shape(lambda: jpeft.init(jax.random.key(0), jpeft.LoRA(rank=1), variables["params"], kernels=found))
+    adapter = jax.eval_shape(
+        lambda: jpeft.init(jax.random.key(0), jpeft.LoRA(rank=1), variables["params"], kernels=found)
+    )
     assert jpeft.count(variables["params"], adapter).trainable == 2**18 + 2**19 + 2 * 2**19
 
 
 def test_variables_and_keywords():
     """`model.apply` takes all collections; paths start below `params`."""
+
     class Net(nn.Module):
         @nn.compact
         def __call__(self, x, *, train):

@@ -26,7 +26,10 @@ LLAMA = [
     "lm_head",
     "score",
 ]
-GPT2 = ["transformer.wte", *(f"transformer.h.{i}.{n}" for i in range(3) for n in ("attn.c_attn", "attn.c_proj", "mlp.c_proj"))]
+GPT2 = [
+    "transformer.wte",
+    *(f"transformer.h.{i}.{n}" for i in range(3) for n in ("attn.c_attn", "attn.c_proj", "mlp.c_proj")),
+]
 BERT = [
     "bert.embeddings.word_embeddings",
     *(
@@ -113,7 +116,12 @@ def init_where_arrays_are_needed(spec, params):
 
 
 def found_by_peft(modules, targets, options):
-    names = {"layers": "layers_to_transform", "pattern": "layers_pattern", "saved": "modules_to_save", "exclude": "exclude_modules"}
+    names = {
+        "layers": "layers_to_transform",
+        "pattern": "layers_pattern",
+        "saved": "modules_to_save",
+        "exclude": "exclude_modules",
+    }
     config = LoraConfig(target_modules=targets, **{names[name]: value for name, value in options.items()})
     excluded = peft_utils._ExcludedModule
     matches = {m: peft_utils.check_target_module_exists(config, m) for m in modules}
@@ -181,7 +189,12 @@ def test_a_regex_does_not_match_a_part():
 # ---- weights that share a module ----
 
 RAW = {"attn": {"q": jnp.ones((4, 2)), "k": jnp.ones((4, 2))}, "mlp": jnp.ones((4, 4)), "norm": {"scale": jnp.ones(4)}}
-RAW_KERNELS = jpeft.Kernels(tuple((path, jpeft.Kernel(shape, (0,), (1,))) for path, shape in (("attn/q", (4, 2)), ("attn/k", (4, 2)), ("mlp", (4, 4)))))
+RAW_KERNELS = jpeft.Kernels(
+    tuple(
+        (path, jpeft.Kernel(shape, (0,), (1,)))
+        for path, shape in (("attn/q", (4, 2)), ("attn/k", (4, 2)), ("mlp", (4, 4)))
+    )
+)
 
 
 def sites(spec, params=RAW, kernels=RAW_KERNELS):
@@ -211,7 +224,10 @@ def test_weights_with_names_of_their_own():
         ({"targets": ["q_proj"], "exclude": ".*"}, r"match 13 weights, but exclude='\.\*'.*leave none"),
         ({"targets": ["q_proj"], "layers_to_transform": [99]}, r"layers_to_transform=\(99,\)"),
         ({"targets": ["score"], "modules_to_save": ["score"]}, r"modules_to_save=\('score',\)"),
-        ({"targets": ["q_proj"], "modules_to_save": ["scores"]}, r"modules_to_save: 'scores' matches nothing; the nearest are 'score'"),
+        (
+            {"targets": ["q_proj"], "modules_to_save": ["scores"]},
+            r"modules_to_save: 'scores' matches nothing; the nearest are 'score'",
+        ),
         ({"targets": ["q_proj"], "rank_pattern": {"k_proj": 1}}, r"pattern 'k_proj' matches no target.*q_proj'"),
         ({"targets": ["q_proj"], "alpha_pattern": {"k_proj": 1}}, r"pattern 'k_proj' matches no target.*q_proj'"),
         ({"targets": "*_proj"}, r"'\*_proj' is no regex.*targets=\['\*_proj'\]"),
@@ -226,7 +242,16 @@ def test_errors_show_the_nearest(options, message):
 
 @pytest.mark.parametrize(
     "options",
-    [{"rank": -1}, {"rank": 1.5}, {"rank": True}, {"rank_pattern": {"q": -1}}, {"dropout": 1.0}, {"dropout": -0.1}, {"bias": "some"}, {"init": "zeros"}],
+    [
+        {"rank": -1},
+        {"rank": 1.5},
+        {"rank": True},
+        {"rank_pattern": {"q": -1}},
+        {"dropout": 1.0},
+        {"dropout": -0.1},
+        {"bias": "some"},
+        {"init": "zeros"},
+    ],
 )
 def test_values_out_of_range(options):
     name = next(iter(options))
@@ -236,7 +261,9 @@ def test_values_out_of_range(options):
 
 def test_geometry_that_is_not_known():
     params = {"experts": {"kernel": jnp.ones((2, 3, 4))}, "dense": {"kernel": jnp.ones((3, 4))}}
-    with pytest.raises(jpeft.KernelError, match=r"'experts/kernel' has shape \(2, 3, 4\).*kernels=jpeft\.kernels\(fn, params, x\)"):
+    with pytest.raises(
+        jpeft.KernelError, match=r"'experts/kernel' has shape \(2, 3, 4\).*kernels=jpeft\.kernels\(fn, params, x\)"
+    ):
         jpeft.init(jax.random.key(0), jpeft.LoRA(targets=["experts"]), params)
 
 
@@ -246,7 +273,10 @@ def test_geometry_that_is_not_known():
 def stack():
     params = {"layers": {"q": {"kernel": jnp.ones((4, 3, 2))}}, "out": {"kernel": jnp.ones((2, 2))}}
     kernels = jpeft.Kernels(
-        (("layers/q/kernel", jpeft.Kernel((4, 3, 2), (1,), (2,), (0,))), ("out/kernel", jpeft.Kernel((2, 2), (0,), (1,))))
+        (
+            ("layers/q/kernel", jpeft.Kernel((4, 3, 2), (1,), (2,), (0,))),
+            ("out/kernel", jpeft.Kernel((2, 2), (0,), (1,))),
+        )
     )
     return params, kernels
 
@@ -260,7 +290,9 @@ def test_layers_of_a_stacked_kernel():
     adapter = adapter.replace(trained=jax.tree.map(jnp.ones_like, adapter.trained))
     changed = jpeft.apply(params, adapter)["layers"]["q"]["kernel"] - params["layers"]["q"]["kernel"]
     assert (abs(changed).max((1, 2)) > 0).tolist() == [False, True, False, True]
-    gradient = jax.grad(lambda t: jpeft.apply(params, adapter.replace(trained=t))["layers"]["q"]["kernel"].sum())(adapter.trained)
+    gradient = jax.grad(lambda t: jpeft.apply(params, adapter.replace(trained=t))["layers"]["q"]["kernel"].sum())(
+        adapter.trained
+    )
     for leaf in jax.tree.leaves(gradient):
         assert (abs(leaf).max((1, 2)) > 0).tolist() == [False, True, False, True]
     assert jpeft.count(params, adapter).trainable == 2 * (3 * 2 + 2 * 2)

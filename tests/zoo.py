@@ -85,9 +85,13 @@ def filled(shapes: Any, seed: int = 0) -> Any:
             return jax.random.key(0)
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             return jnp.zeros(leaf.shape, leaf.dtype)
-        return jnp.asarray(np.abs(0.5 + 0.3 * rng.standard_normal(leaf.shape)) * rng.choice([-1, 1], leaf.shape), leaf.dtype)
+        return jnp.asarray(
+            np.abs(0.5 + 0.3 * rng.standard_normal(leaf.shape)) * rng.choice([-1, 1], leaf.shape), leaf.dtype
+        )
 
-    return jax.tree_util.tree_map_with_path(lambda path, leaf: abs(draw(leaf)) if "var" in str(path) else draw(leaf), shapes)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: abs(draw(leaf)) if "var" in str(path) else draw(leaf), shapes
+    )
 
 
 X = normal(2, 3, D, seed=5, scale=1)
@@ -105,7 +109,9 @@ def of_nnx(build: Callable[[nnx.Rngs], nnx.Module], x: Any, *kernels: str, **mor
     return Case(filled(state), lambda state, x: nnx.merge(graph, state)(x), x, kernels, **more)
 
 
-def plain(fn: Callable[[Any, Any], Any], x: Any = X, *, dense: Any = (), heads: Any = (), reverse: Any = True, **params):
+def plain(
+    fn: Callable[[Any, Any], Any], x: Any = X, *, dense: Any = (), heads: Any = (), reverse: Any = True, **params
+):
     return Case(params, fn, x, tuple(sorted(params)), dense, heads, reverse)
 
 
@@ -235,7 +241,9 @@ class General(nn.Module):
 
 @case
 def linen_dense_general() -> Case:
-    return linen(General(), X, *(f"{n}/kernel" for n in ("split", "join", "middle", "batched")), dense=("batched/kernel",))
+    return linen(
+        General(), X, *(f"{n}/kernel" for n in ("split", "join", "middle", "batched")), dense=("batched/kernel",)
+    )
 
 
 class Convs(nn.Module):
@@ -368,7 +376,9 @@ class NnxControl(nnx.Module):
         x = nnx.cond(x.sum() > 1e6, lambda m, x: x, lambda m, x: jnp.tanh(m(x)), self.chosen, x)
         x = nnx.fori_loop(0, 2, lambda i, state: (state[0], jnp.tanh(state[0](state[1]))), (self.looped, x))[1]
         step = lambda state, _: ((state[0], jnp.tanh(state[0](state[1]))), None)
-        return nnx.scan(step, length=2, in_axes=(nnx.Carry, None), out_axes=(nnx.Carry, 0))((self.carried, x), None)[0][1]
+        return nnx.scan(step, length=2, in_axes=(nnx.Carry, None), out_axes=(nnx.Carry, 0))((self.carried, x), None)[0][
+            1
+        ]
 
 
 @case
@@ -522,7 +532,13 @@ def size_one_axes() -> Case:
         one = y[:, :, 0] @ p["out_1"]
         return y, one, jnp.tanh(one) @ p["in_1"], x[..., :1] @ p["one_by_one"]
 
-    shapes = {"one_head": (D, 1, HEAD), "joined": (D, 1, HEAD), "out_1": (HEAD, 1), "in_1": (1, D), "one_by_one": (1, 1)}
+    shapes = {
+        "one_head": (D, 1, HEAD),
+        "joined": (D, 1, HEAD),
+        "out_1": (HEAD, 1),
+        "in_1": (1, D),
+        "one_by_one": (1, 1),
+    }
     params = {name: normal(*shape, seed=i, scale=1) for i, (name, shape) in enumerate(shapes.items())}
     return plain(fn, dense=("one_by_one",), heads=("in_1", "one_by_one"), **params)
 
@@ -612,12 +628,16 @@ def vmapped_model() -> Case:
     return plain(fn, up=normal(D, FF, seed=1), down=normal(FF, D, seed=2), heads=("down",))
 
 
+class Pair(NamedTuple):
+    left: Any
+    right: Any
+
+
 @case
 def containers() -> Case:
     """Lists, tuples, named tuples and integer keys."""
-    pair = NamedTuple("Pair", [("left", Any), ("right", Any)])
     w = lambda seed: normal(D, D, seed=seed)
-    params = {"list": [{"kernel": w(1)}, {"kernel": w(2)}], "ints": {7: (w(3),)}, "pair": pair(w(4), {"kernel": w(5)})}
+    params = {"list": [{"kernel": w(1)}, {"kernel": w(2)}], "ints": {7: (w(3),)}, "pair": Pair(w(4), {"kernel": w(5)})}
 
     def fn(p, x):
         of_list = [layer["kernel"] for layer in p["list"]]
@@ -635,7 +655,9 @@ def containers() -> Case:
 def cond() -> Case:
     def fn(p, x):
         x = jax.lax.cond(x.sum() > 1e6, lambda: x @ p["left"], lambda: jnp.tanh(x @ p["right"]))
-        return jax.lax.switch(2, [lambda x: x, lambda x: x @ p["left"], lambda x: jnp.tanh(x @ p["last"] @ p["left"])], x)
+        return jax.lax.switch(
+            2, [lambda x: x, lambda x: x @ p["left"], lambda x: jnp.tanh(x @ p["last"] @ p["left"])], x
+        )
 
     return plain(fn, left=normal(D, D, seed=1), right=normal(D, D, seed=2), last=normal(D, D, seed=3))
 
@@ -678,7 +700,9 @@ def odd_product(x, w):
     return x @ w
 
 
-odd_product.defvjp(lambda x, w: (x @ w, (x, w)), lambda saved, g: (7 * (g @ saved[1].T), jnp.einsum("btd,btf->df", saved[0], g)))
+odd_product.defvjp(
+    lambda x, w: (x @ w, (x, w)), lambda saved, g: (7 * (g @ saved[1].T), jnp.einsum("btd,btf->df", saved[0], g))
+)
 
 
 @case
@@ -690,7 +714,7 @@ def custom_vjp() -> Case:
 
 @case
 def logits() -> Case:
-    """A head under remat, with a bias, a scale, a soft cap and a mask, of which the last is read; a pooler beside it."""
+    """A head under remat, with a bias, a scale, a soft cap and a mask, the last of them read; a pooler beside it."""
 
     @jax.checkpoint
     def head(p, x):
