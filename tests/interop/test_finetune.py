@@ -3,6 +3,7 @@
 import json
 import sys
 
+import jax
 import pytest
 from typer.testing import CliRunner
 
@@ -15,13 +16,28 @@ from jpeft_interop.torch_check import differences, jax_logits, torch_logits
 from tiny_folder import TEXT, write_folder
 
 OPTIONS = [
-    *"--steps 6 --save-every 2 --batch-size 2 --seq-len 8 --lr 0.02 --rank 2".split(),
-    *"--holdout 0.2 --dropout 0.2 --targets q_proj,down_proj".split(),
+    *["--steps", "6", "--save-every", "2", "--batch-size", "2", "--seq-len", "8", "--lr", "0.02", "--rank", "2"],
+    *["--holdout", "0.2", "--targets", "q_proj,down_proj"],
 ]
 
 
 def run(*arguments):
     return CliRunner().invoke(app, ["finetune", *map(str, arguments)])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs(tmp_path_factory):
+    """Runs of the same model share their compiled programs."""
+    options = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("programs")),
+        "jax_persistent_cache_min_compile_time_secs": 0.5,
+    }
+    before = {name: getattr(jax.config, name) for name in options}
+    for name, value in options.items():
+        jax.config.update(name, value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
 
 
 @pytest.fixture(scope="module")
@@ -139,8 +155,8 @@ def test_a_classifier_learns_and_torch_agrees(family, place):
 
 def test_conversations_are_learnt(place):
     options = [
-        *"--steps 2 --batch-size 2 --accumulate 2 --seq-len 16 --holdout 0".split(),
-        *"--rslora --dtype bfloat16 --remat".split(),
+        *["--steps", "2", "--batch-size", "2", "--accumulate", "2", "--seq-len", "16", "--holdout", "0"],
+        *["--rslora", "--dtype", "bfloat16", "--remat"],
     ]
     result = run(place / "llama", "--data", place / "chats.jsonl", "--out", place / "chats", *options)
     assert result.exit_code == 0, result.output
