@@ -14,8 +14,11 @@ import jax
 from rich.console import Console
 
 import jpeft
+from jpeft.atomic import write_file
+from jpeft.errors import JpeftError
 from jpeft_interop import data, train
 from jpeft_interop.base import CLASSIFICATION, TASKS, Base, load_base
+from jpeft_interop.load_model import hf_folder
 from jpeft_interop.metrics import MetricsLog
 from jpeft_interop.plot import plot_loss
 from jpeft_interop.progress import watched
@@ -24,6 +27,10 @@ from jpeft_interop.snapshots import Snapshots, discard, fingerprint, fingerprint
 from jpeft_interop.tokenizer import Tokenizer, load_tokenizer
 
 ADAPTER, METRICS, PLOT, LABELS, SNAPSHOTS = "adapter", "metrics.jsonl", "loss.png", "labels.json", "checkpoints"
+
+
+class SettingsError(JpeftError):
+    """A setting of a run that means nothing."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +75,15 @@ class Settings:
     whole_txt: bool = False
     remat: bool = False
 
+    def __post_init__(self) -> None:
+        if self.task not in TASKS:
+            raise SettingsError(f"task must be one of {', '.join(TASKS)}; found {self.task!r}")
+        for name in ("lr", "clip", "epochs", "batch_size", "accumulate", "save_every"):
+            if not getattr(self, name) > 0:
+                raise SettingsError(f"{name} must be above 0; found {getattr(self, name)!r}")
+        if self.batch_size % self.accumulate:
+            raise SettingsError(f"a batch of {self.batch_size} rows can't be split into {self.accumulate} equal parts")
+
 
 @dataclass(frozen=True)
 class Result:
@@ -96,7 +112,7 @@ def finetune(
     A run that was interrupted goes on where its last snapshot was, to the same result bit for bit.
 
     Args:
-      model: a Hugging Face folder.
+      model: a Hugging Face folder, or a GGUF file.
       file: a .txt, .jsonl or .csv file, see `data.read`.
       out: a folder, made if need be.
       settings: how.
@@ -104,11 +120,12 @@ def finetune(
       resume: go on with a run that is there; otherwise its snapshots are dropped.
 
     Raises:
+      OSError: a file can't be read or written.
       JpeftError: of the kind that says what is wrong: data, tokenizer, weights, spec, or a run that can't be resumed.
     """
     out = Path(out)
     with console.status("Reading the data …"):
-        tokenizer = load_tokenizer(model)
+        tokenizer = load_tokenizer(hf_folder(model))
         examples = _examples(file, tokenizer, settings)
     with console.status("Loading the model …"):
         base = _base(model, settings, examples.labels)
@@ -219,4 +236,9 @@ def _write(out: Path, state: train.State, base: Base, examples: _Examples, log: 
     plot_loss(out / PLOT, log.losses, held_out, f"LoRA on {base.folder.name}")
     if examples.labels is not None:
         names = {"id2label": examples.labels.id2label, "label2id": examples.labels.label2id}
-        (out / LABELS).write_text(json.dumps(names, indent=2) + "\n", encoding="utf-8")
+        text = json.dumps(names, indent=2) + "\n"
+        write_file(out / LABELS, lambda new: _put(text, new))
+
+
+def _put(text: str, path: Path) -> None:
+    path.write_text(text, encoding="utf-8")

@@ -10,6 +10,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from jpeft.atomic import write_file
+
 SPAN = 0.08  # of the run, that the smoothed line averages over
 
 
@@ -33,7 +35,7 @@ def plot_loss(path: str | Path, losses: Sequence[float], held_out: Mapping[int, 
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
-    figure.savefig(path, format="png")
+    write_file(path, lambda new: figure.savefig(new, format="png"))
 
 
 def _smoothed(losses: Sequence[float]) -> np.ndarray:

@@ -37,6 +37,8 @@ def watched(
     Raises:
       TrainingError: a loss is not finite.
     """
+    if done >= total:
+        return
     line = _Line(total, done, console)
     with line.progress:
         for number, (state, metrics) in zip(range(done + 1, total + 1), steps, strict=False):

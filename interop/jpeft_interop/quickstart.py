@@ -132,10 +132,9 @@ def _introduce(
     table = Table.grid(padding=(0, 2))
     table.add_row("[bold]model", name)
     table.add_row("[bold]adapter", f"LoRA of rank {SPEC.rank} on {len(adapter.sites)} kernels")
-    table.add_row("", str(jpeft.count(params, adapter)))
     table.add_row("[bold]data", f"the Python language reference: {len(learnt)} topics to learn from")
     table.add_row("[bold]held out", topics)
-    console.print(table, highlight=False)
+    console.print(table, str(jpeft.count(params, adapter)), highlight=False)
 
 
 def _show_samples(console: Console, prompt: str, samples: list[str]) -> None:

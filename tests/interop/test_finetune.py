@@ -175,13 +175,14 @@ def told(capsys, monkeypatch, *arguments):
 
 BAD = {
     "no data": (["{place}/llama", "--data", "{place}/none.txt"], "none.txt"),
-    "no model": (["{place}/none", "--data", "{place}/notes.txt"], "none: no such folder"),
+    "no model": (["{place}/none", "--data", "{place}/notes.txt"], "no such folder"),
     "no labels": (["{place}/bert", "--data", "{place}/notes.txt", "--task", "classification"], "a .txt has not"),
     "no such task": (["{place}/bert", "--data", "{place}/notes.txt"], "does not do causal-lm"),
     "no target": (["{place}/llama", "--data", "{place}/notes.txt", "--targets", "q_porj"], "q_porj"),
     "too few rows": (["{place}/llama", "--data", "{place}/notes.txt", "--batch-size", "9999"], "shorten the batch"),
     "share": (["{place}/llama", "--data", "{place}/notes.txt", "--holdout", "1.5"], "below 1; found 1.5"),
-    "dtype": (["{place}/llama", "--data", "{place}/notes.txt", "--dtype", "int8"], "dtype"),
+    "parts": (["{place}/llama", "--data", "{place}/notes.txt", "--accumulate", "3"], "into 3 equal parts"),
+    "rate": (["{place}/llama", "--data", "{place}/notes.txt", "--lr", "0"], "lr must be above 0"),
 }
 
 

@@ -6,7 +6,9 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
-from typer import Argument, Option
+from typer import Exit, Option
+
+from jpeft_interop.cli.arguments import ModelArgument, require_model
 
 ADAPTER, TRAINING, DATA, RUN = "The adapter", "Training", "Data", "The run"
 
@@ -18,8 +20,16 @@ class Task(StrEnum):
     classification = "classification"
 
 
+class Dtype(StrEnum):
+    """What the base's params may be."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
 def finetune(
-    model: Annotated[Path, Argument(help="The base: a Hugging Face folder.", show_default=False)],
+    model: ModelArgument,
     data: Annotated[
         Path,
         Option(
@@ -58,8 +68,7 @@ def finetune(
     ] = 1,
     weight_decay: Annotated[float, Option(help="AdamW's, on the adapter.", rich_help_panel=TRAINING)] = 0.0,
     dtype: Annotated[
-        str | None,
-        Option(help="Of the base: float32, bfloat16.", show_default="the folder's", rich_help_panel=TRAINING),
+        Dtype | None, Option(help="Of the base's weights.", show_default="the folder's", rich_help_panel=TRAINING)
     ] = None,
     remat: Annotated[
         bool,
@@ -73,17 +82,19 @@ def finetune(
 ) -> None:
     """Train a LoRA adapter on your data, and write it as a PEFT folder.
 
-    OUT gets adapter/ (PEFT, transformers and vLLM read it), metrics.jsonl, loss.png and checkpoints/. The same command,
-    given again after an interruption, goes on where it was, to the same result.
+    OUT gets adapter/ (PEFT, transformers and vLLM read it), metrics.jsonl,
+    loss.png and checkpoints/. The same command, given again after an
+    interruption, goes on where it was, to the same result bit for bit.
 
     [bold]Examples[/]
 
-      jpeft finetune ./SmolLM2 --data notes.txt --out run --epochs 3
+      jpeft finetune SmolLM2 --data notes.txt --out run --epochs 3
 
-      jpeft finetune ./SmolLM2 --data chats.jsonl --out run --rank 16 --targets q_proj,v_proj
+      jpeft finetune SmolLM2 --data chats.jsonl --out run --rank 16
 
-      jpeft finetune ./MiniLM --data reviews.csv --task classification --out run --lr 1e-3
+      jpeft finetune MiniLM --data reviews.csv --task classification --out run
     """
+    require_model(model)
     from rich.console import Console
 
     import jpeft
@@ -110,15 +121,20 @@ def finetune(
         holdout=holdout,
         seed=seed,
         save_every=save_every,
-        dtype=dtype,
+        dtype=dtype and dtype.value,
         whole_txt=whole_txt,
         remat=remat,
     )
     console = Console()
-    result = run(model, data, out, settings, console=console, resume=resume)
+    try:
+        result = run(model, data, out, settings, console=console, resume=resume)
+    except KeyboardInterrupt:
+        console.print("Interrupted. The same command goes on from the last checkpoint.")
+        raise Exit(130) from None
     for name, score in (("before", result.before), ("after", result.after)):
         if score is not None:
-            figures = f"loss {score.loss:.3f}  perplexity {score.perplexity:.2f}  accuracy {score.accuracy:.1%}"
+            perplexity = f"perplexity {score.perplexity:.2f}  " if task is Task.causal_lm else ""
+            figures = f"loss {score.loss:.3f}  {perplexity}accuracy {score.accuracy:.1%}"
             console.print(f"held out, {name:6}  {figures}", highlight=False)
     console.print(f"[green]✓[/] {out / 'adapter'}", highlight=False, soft_wrap=True)
 
