@@ -15,19 +15,27 @@ import zoo
 from zoo import Case
 
 TOLERANCE = 1e-5
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # to compile, for references
+QUICK = {"xla_backend_optimization_level": 0}  # to compile, where speed and the compiler's own ways do not matter
 
 
 def perturbed(adapter: jpeft.Adapter, seed: int = 1, scale: float = 0.3) -> jpeft.Adapter:
     """The adapter as if trained: no factor is zero."""
+    draw = drawing(seed, scale)
+    return adapter.replace(trained=jax.tree.map(lambda leaf: draw(leaf, np.asarray(leaf, np.float32)), adapter.trained))
+
+
+def drawing(seed: int, scale: float = 0.3) -> Callable[..., Any]:
     rng = np.random.default_rng(seed)
-    draw = lambda leaf: jnp.asarray(leaf + scale * rng.standard_normal(leaf.shape), leaf.dtype)
-    return adapter.replace(trained=jax.tree.map(draw, adapter.trained))
+    return lambda leaf, mean=0: jnp.asarray((mean + scale * rng.standard_normal(leaf.shape)).astype(leaf.dtype))
 
 
-def adapter_for(case: Case, seed: int = 1, **options: Any) -> jpeft.Adapter:
+def adapter_for(case: Case, seed: int = 1, dtype: Any = jnp.float32, **options: Any) -> jpeft.Adapter:
+    """A trained adapter of every kernel of a case. The factors are drawn by numpy: `init` would be compiled each time."""
     spec = jpeft.LoRA(**{"rank": 2, "alpha": 3, "targets": ".*", **options})
-    return perturbed(jpeft.init(jax.random.key(seed, impl="unsafe_rbg"), spec, case.params, kernels=case.adapted), seed)
+    new = lambda: jpeft.init(jax.random.key(0), spec, case.params, kernels=case.adapted, dtype=dtype)
+    shapes = jax.eval_shape(new)
+    trained = jax.tree.map(drawing(seed), shapes.trained)
+    return shapes.replace(trained=trained, constant=jax.jit(lambda: new().constant)())
 
 
 def is_floating(leaf: Any) -> bool:

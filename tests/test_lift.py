@@ -22,10 +22,14 @@ from agreement import (
     by_fast_path,
     check,
     functional,
+    is_floating,
     outputs_and_gradients,
     perturbed,
     reference,
 )
+
+
+BF16 = jnp.dtype(jnp.bfloat16)
 
 
 @pytest.mark.parametrize("name", zoo.CASES)
@@ -92,14 +96,12 @@ def test_bf16_is_close_to_fp32(name):
     """bf16 params and activations, fp32 factors: as near to the fp32 result as bf16 is, and no cast is left out."""
     case = zoo.get(name)
     adapter = adapter_for(case)
-    half = lambda tree: jax.tree.map(
-        lambda v: v.astype(jnp.bfloat16) if jnp.issubdtype(v.dtype, jnp.floating) else v, tree
-    )
+    half = lambda tree: jax.tree.map(lambda v: jnp.asarray(np.asarray(v, BF16)) if is_floating(v) else v, tree)
     params, x = half(case.params), half(case.x)
     with jax.numpy_dtype_promotion("strict"):
         found, gradients = outputs_and_gradients(by_fast_path(case, adapter), adapter.trained, params, x)
     expected, expected_gradients = reference(name)
-    assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {jnp.dtype(jnp.bfloat16)}
+    assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {BF16}
     assert {leaf.dtype for leaf in jax.tree.leaves(gradients[0])} == {jnp.dtype(jnp.float32)}
     assert_close(found, expected, 0.05)
     assert_close(gradients[0], expected_gradients[0], 0.1)
@@ -109,13 +111,12 @@ def test_bf16_is_close_to_fp32(name):
 def test_bf16_factors(name):
     """Factors of half the size are legal, and promote nothing."""
     case = zoo.get(name)
-    spec = jpeft.LoRA(rank=2, targets=".*", factor_bias=name == "linen_dense")
-    adapter = perturbed(jpeft.init(jax.random.key(0), spec, case.params, kernels=case.found, dtype=jnp.bfloat16))
+    adapter = adapter_for(case, dtype=jnp.bfloat16, factor_bias=name == "linen_dense")
     expected = outputs_and_gradients(by_definition(case, adapter), adapter.trained, case.params, case.x, options=QUICK)
     with jax.numpy_dtype_promotion("strict"):
         found = outputs_and_gradients(by_fast_path(case, adapter), adapter.trained, case.params, case.x)
     assert_close(found[0], expected[0], 0.05)
-    assert {leaf.dtype for leaf in jax.tree.leaves(found[1][0])} == {jnp.dtype(jnp.bfloat16)}
+    assert {leaf.dtype for leaf in jax.tree.leaves(found[1][0])} == {BF16}
 
 
 @pytest.mark.parametrize("name", ["linen_dense", "linen_tied", "experts_batched"])

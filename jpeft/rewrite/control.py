@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
 from jpeft.rewrite.moves import batch_axis, lead_batch
@@ -68,16 +69,19 @@ def while_(program: Program, eqn: JaxprEqn, values: Sequence[Any]) -> Outs:
     cond_consts, body_consts, carry = values[:n_cond], values[n_cond : n_cond + n_body], values[n_cond + n_body :]
     same = {i: carry[i] for i, given in _passed_through(body_jaxpr.jaxpr).items() if given == n_body + i}
     changing = [program.as_array(v, "while", "carried through a loop") for v in _without(carry, same)]
+    turn = 0 if _drop([*cond_consts, *body_consts, *same.values()]) else None
 
-    def test(carry: list[Any]) -> Any:
-        outs = program.evaluate(cond_jaxpr.jaxpr, cond_jaxpr.consts, [*cond_consts, *_with(carry, same)])
-        return plain_outputs(program, outs, "while")[0]
+    def run(closed: ClosedJaxpr, consts: Sequence[Any], changing: list[Any], turn: Any) -> list[Any]:
+        return program.evaluate(closed.jaxpr, closed.consts, _in_turn([*consts, *_with(changing, same)], turn))
 
-    def step(carry: list[Any]) -> list[Any]:
-        outs = program.evaluate(body_jaxpr.jaxpr, body_jaxpr.consts, [*body_consts, *_with(carry, same)])
-        return plain_outputs(program, _without(outs, same), "while")
+    def test(state: tuple[list[Any], Any]) -> Any:
+        return plain_outputs(program, run(cond_jaxpr, cond_consts, *state), "while")[0]
 
-    return _with(jax.lax.while_loop(test, step, changing), same)
+    def step(state: tuple[list[Any], Any]) -> tuple[list[Any], Any]:
+        outs = plain_outputs(program, _without(run(body_jaxpr, body_consts, *state), same), "while")
+        return outs, None if state[1] is None else state[1] + 1
+
+    return _with(jax.lax.while_loop(test, step, (changing, turn))[0], same)
 
 
 def scan(program: Program, eqn: JaxprEqn, values: Sequence[Any]) -> Outs:
@@ -91,17 +95,29 @@ def scan(program: Program, eqn: JaxprEqn, values: Sequence[Any]) -> Outs:
     }  # scanned over and handed back
     changing = [program.as_array(v, "scan", "carried through a scan") for v in _without(carry, same)]
     stacked = [_stacked(program, v) for v in values[n + m :]]
+    turns = jnp.arange(eqn.params["length"]) if _drop([*consts, *same.values()]) else None
 
-    def step(changing: list[Any], slices: list[Any]) -> tuple[list[Any], list[Any]]:
-        xs = [_slice_of(v, sliced) for v, sliced in zip(stacked, slices, strict=True)]
-        outs = program.evaluate(body.jaxpr, body.consts, [*consts, *_with(changing, same), *xs])
+    def step(changing: list[Any], sliced: tuple[list[Any], Any]) -> tuple[list[Any], list[Any]]:
+        xs = [_slice_of(v, one) for v, one in zip(stacked, sliced[0], strict=True)]
+        outs = program.evaluate(
+            body.jaxpr, body.consts, [*_in_turn([*consts, *_with(changing, same)], sliced[1]), *xs]
+        )
         outs = plain_outputs(program, _without(outs, same | back), "scan")
         return outs[: len(changing)], outs[len(changing) :]
 
     options = {name: eqn.params[name] for name in ("length", "reverse", "unroll")}
     scanned = [(v.value, lead_batch(v, _scan_axis(v)) if v.branches else []) if is_weight(v) else v for v in stacked]
-    changed, ys = jax.lax.scan(step, changing, scanned, **options)
+    changed, ys = jax.lax.scan(step, changing, (scanned, turns), **options)
     return _with([*changed, *ys], same | back)
+
+
+def _drop(values: Sequence[Any]) -> bool:
+    return any(is_weight(v) and v.drops for v in values)
+
+
+def _in_turn(values: Sequence[Any], turn: Any) -> list[Any]:
+    """Weights with the masks of this turn of a loop; `turn` is None where nothing is dropped."""
+    return [v.in_turn(turn) if is_weight(v) and turn is not None else v for v in values]
 
 
 def _passed_through(jaxpr: Jaxpr) -> dict[int, int]:

@@ -18,7 +18,7 @@ from jax.extend.core import JaxprEqn
 
 from jpeft.methods import METHODS
 from jpeft.rewrite.program import Program, Result, Use, bind
-from jpeft.rewrite.weight import Branch, Weight, is_weight
+from jpeft.rewrite.weight import Branch, Weight, fold_in, is_weight, over_keys
 from jpeft.view import Atom, covers, from_original, to_original
 
 Outs = Sequence[Any] | None
@@ -113,11 +113,10 @@ def _dropout(program: Program, x: Array, branch: Branch) -> Array:
     """Inverted dropout of the branch's input; another mask for each use of a shared weight."""
     if branch.dropout_key is None:
         return x
-    key, keep = branch.dropout_key, 1 - branch.dropout
-    draw = lambda key: jax.random.bernoulli(jax.random.fold_in(key, len(program.uses)), keep, x.shape[key.ndim :])
-    for _ in range(key.ndim):
-        draw = jax.vmap(draw)
-    return jnp.where(draw(key), x / keep, jnp.zeros((), x.dtype)).astype(x.dtype)
+    key, keep = fold_in(branch.dropout_key, len(program.uses)), 1 - branch.dropout
+    shape = x.shape[key.ndim :]
+    kept = over_keys(lambda key: jax.random.bernoulli(key, keep, shape), key)
+    return jnp.where(kept, x / keep, jnp.zeros((), x.dtype)).astype(x.dtype)
 
 
 class _Rows:

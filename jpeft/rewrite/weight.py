@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -59,6 +60,16 @@ class Weight:
         """The same weight with fewer batch axes left."""
         return replace(self, branches=branches, batch=batch)
 
+    @property
+    def drops(self) -> bool:
+        """Whether a branch has dropout."""
+        return any(branch.dropout_key is not None for branch in self.branches)
+
+    def in_turn(self, turn: Array) -> Weight:
+        """The weight in one turn of a loop that uses it again and again: other masks each time."""
+        keyed = lambda b: b if b.dropout_key is None else replace(b, dropout_key=fold_in(b.dropout_key, turn))
+        return replace(self, branches=tuple(map(keyed, self.branches)))
+
     def role(self, axes: tuple[int, ...]) -> list[Atom]:
         """The atoms of some original axes."""
         return [atom for atom in self.view.all_atoms if atom.axis in axes]
@@ -103,3 +114,15 @@ class Weight:
 def is_weight(x: Any) -> bool:
     """Whether `x` is an adapted or a watched weight."""
     return isinstance(x, Weight)
+
+
+def over_keys(function: Callable[[Array], Array], keys: Array) -> Array:
+    """`function` of one key, over an array of them."""
+    for _ in range(keys.ndim):
+        function = jax.vmap(function)
+    return function(keys)
+
+
+def fold_in(keys: Array, number: Any) -> Array:
+    """Each of the keys folded with one number."""
+    return over_keys(lambda key: jax.random.fold_in(key, number), keys)
