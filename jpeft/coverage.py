@@ -9,6 +9,7 @@ from typing import Any
 from jpeft.lift import Lifted, observe
 from jpeft.rewrite.program import Program, Use, plain_outputs
 from jpeft.rewrite.weight import is_weight
+from jpeft.tree import nearest
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,10 @@ class Coverage:
     rows: tuple[Covered, ...]
 
     def __getitem__(self, path: str) -> Covered:
-        return next(row for row in self.rows if row.path == path)
+        rows = {row.path: row for row in self.rows}
+        if path not in rows:
+            raise KeyError(f"{path!r} is no adapted weight of this call; nearest: {nearest(path, rows)}")
+        return rows[path]
 
     def count(self, how: str) -> int:
         """How many weights are `factored`, `dense` or `unread`."""
