@@ -78,7 +78,7 @@ def gradient_by_the_definition(model):
     return mean(adapter.trained)
 
 
-@pytest.mark.parametrize("options", [{}, {"accumulate": 2}, {"accumulate": 4}, {"remat": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"accumulate": 2}, {"remat": True}], ids=str)
 def test_a_step_goes_down_the_mean_over_labels(model, options):
     forward, params, adapter, batch = model
     plain = without_dropout(adapter)
@@ -109,9 +109,9 @@ def test_the_base_is_an_argument_and_the_states_memory_is_reused(model):
     forward, params, adapter, batch = model
     step = train.step(forward, optax.adam(0.1))
     state = train.start(adapter, optax.adam(0.1), jax.random.key(0))
-    program = step.lower(state, params, batch).compile()
     biggest = max(leaf.nbytes for leaf in jax.tree.leaves(params))
-    assert not program.as_text().count(f"constant(f32[{biggest}")
+    program = step.lower(state, params, batch).as_text()
+    assert len(max(program.splitlines(), key=len)) < biggest  # a constant is written out, two digits a byte
     _, one = step(state, params, batch)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.adapter.trained))
     again = train.start(adapter, optax.adam(0.1), jax.random.key(0))
