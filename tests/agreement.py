@@ -30,7 +30,7 @@ def drawing(seed: int, scale: float = 0.3) -> Callable[..., Any]:
 
 
 def adapter_for(case: Case, seed: int = 1, dtype: Any = jnp.float32, **options: Any) -> jpeft.Adapter:
-    """A trained adapter of every kernel of a case. The factors are drawn by numpy: `init` would be compiled each time."""
+    """A trained adapter of every kernel of a case, drawn by numpy: `init` would be compiled each time."""
     spec = jpeft.LoRA(**{"rank": 2, "alpha": 3, "targets": ".*", **options})
     new = lambda: jpeft.init(jax.random.key(0), spec, case.params, kernels=case.adapted, dtype=dtype)
     shapes = jax.eval_shape(new)

@@ -13,7 +13,9 @@ from agreement import adapter_for, assert_close
 
 
 def lora(params, **options):
-    return jpeft.init(jax.random.key(0, impl="unsafe_rbg"), jpeft.LoRA(**{"rank": 2, "targets": ".*", **options}), params)
+    return jpeft.init(
+        jax.random.key(0, impl="unsafe_rbg"), jpeft.LoRA(**{"rank": 2, "targets": ".*", **options}), params
+    )
 
 
 PARAMS = {"dense": {"kernel": zoo.normal(6, 4), "bias": zoo.normal(4)}, "embed": {"embedding": zoo.normal(9, 6)}}
@@ -66,7 +68,9 @@ def test_distributions():
     assert 0.99 * bound < jnp.abs(a).max() <= bound and abs(a.std() - bound / np.sqrt(3)) < 0.02 * bound
     assert abs(b.std() - 1) < 0.02 and abs(b.mean()) < 0.02
     assert not made["dense/kernel"]["b"].any() and not made["embed/embedding"]["a"].any()
-    a = jpeft.init(jax.random.key(0), jpeft.LoRA(rank=50, targets=["dense"], init="gaussian"), params).trained["dense/kernel"]["a"]
+    a = jpeft.init(jax.random.key(0), jpeft.LoRA(rank=50, targets=["dense"], init="gaussian"), params).trained[
+        "dense/kernel"
+    ]["a"]
     assert abs(a.std() - 1 / 50) < 0.02 / 50 and jnp.abs(a).max() > 3 / 50
 
 
@@ -148,7 +152,9 @@ def test_count_of_a_state_is_of_its_parameters():
 def test_training_with_optax():
     """Only the trained part moves, weight decay included, and the loss falls."""
     case = zoo.get("linen_lm")
-    adapter = jpeft.init(jax.random.key(0), jpeft.LoRA(rank=2, targets=".*", modules_to_save=["norm"]), case.params, kernels=case.found)
+    adapter = jpeft.init(
+        jax.random.key(0), jpeft.LoRA(rank=2, targets=".*", modules_to_save=["norm"]), case.params, kernels=case.found
+    )
     forward, optimizer = jpeft.lift(case.fn), optax.adamw(3e-2, weight_decay=0.1)
 
     def loss(trained):
@@ -192,7 +198,9 @@ def test_an_adapter_donated():
 
 def test_init_under_jit_and_sharding_free():
     made = jax.jit(lambda key: jpeft.init(key, jpeft.LoRA(rank=2, targets=["dense"]), PARAMS))(jax.random.key(0))
-    jax.tree.map(np.testing.assert_allclose, made, jpeft.init(jax.random.key(0), jpeft.LoRA(rank=2, targets=["dense"]), PARAMS))
+    jax.tree.map(
+        np.testing.assert_allclose, made, jpeft.init(jax.random.key(0), jpeft.LoRA(rank=2, targets=["dense"]), PARAMS)
+    )
 
 
 # ---- what it refuses ----
@@ -206,7 +214,9 @@ def test_no_spec(spec):
 
 def test_kernels_of_another_model():
     kernels = jpeft.Kernels((("dance/kernel", jpeft.Kernel((6, 4), (0,), (1,))),))
-    with pytest.raises(jpeft.KernelError, match="names 'dance/kernel', which the params do not have; nearest: 'dense/kernel'"):
+    with pytest.raises(
+        jpeft.KernelError, match="names 'dance/kernel', which the params do not have; nearest: 'dense/kernel'"
+    ):
         jpeft.init(jax.random.key(0), jpeft.LoRA(), PARAMS, kernels=kernels)
     kernels = jpeft.Kernels((("dense/kernel", jpeft.Kernel((4, 6), (0,), (1,))),))
     with pytest.raises(jpeft.KernelError, match=r"of shape \(4, 6\); the params have \(6, 4\)"):
@@ -221,4 +231,7 @@ def test_weights_that_are_not_floating():
 
 def test_integers_are_not_saved_whole():
     params = {**PARAMS, "head": {"kernel": zoo.normal(4, 2), "steps": jnp.zeros((), int)}}
-    assert [site.path for site in lora(params, targets=["dense"], modules_to_save=["head"]).sites] == ["dense/kernel", "head/kernel"]
+    assert [site.path for site in lora(params, targets=["dense"], modules_to_save=["head"]).sites] == [
+        "dense/kernel",
+        "head/kernel",
+    ]

@@ -22,7 +22,6 @@ def keys(n):
     return jax.random.split(jax.random.key(0), n)
 
 
-
 @pytest.mark.parametrize("name", ["linen_dense", "nnx_state", "linen_frozen_dict", "containers", "linen_partitioned"])
 def test_the_kind_of_tree_stays(name):
     case = zoo.get(name)
@@ -44,7 +43,9 @@ def test_the_base_is_not_copied():
 def test_attached_params_go_through_jit_as_a_pytree():
     case = zoo.get("linen_dense")
     params = jpeft.attach(case.params, adapter_for(case))
-    assert_close(jax.jit(jpeft.lift(case.fn))(params, case.x), case.fn(jpeft.apply(case.params, adapter_for(case)), case.x))
+    assert_close(
+        jax.jit(jpeft.lift(case.fn))(params, case.x), case.fn(jpeft.apply(case.params, adapter_for(case)), case.x)
+    )
 
 
 def test_attaching_to_different_weights_one_after_the_other():
@@ -63,13 +64,17 @@ TWICE = zoo.plain(lambda p, x: (x @ p["w"], x @ p["w"]), w=zoo.normal(zoo.D, zoo
 SCANNED = zoo.plain(
     lambda p, x: jax.lax.scan(lambda _, w: (None, x @ w), None, p["w"])[1], w=jnp.stack([zoo.normal(zoo.D, zoo.FF)] * 3)
 )
-REPEATED = zoo.plain(lambda p, x: jax.lax.scan(lambda _, __: (None, x @ p["w"]), None, length=3)[1], w=zoo.normal(zoo.D, 5))
+REPEATED = zoo.plain(
+    lambda p, x: jax.lax.scan(lambda _, __: (None, x @ p["w"]), None, length=3)[1], w=zoo.normal(zoo.D, 5)
+)
 LOOPED = zoo.plain(
     lambda p, x: jax.lax.fori_loop(0, 2, lambda i, out: out.at[i].set(x @ p["w"]), jnp.zeros((2, *x.shape[:2], 5))),
     w=zoo.normal(zoo.D, 5),
 )
 CONVOLVED = zoo.plain(lambda p, x: jax.lax.conv(x.swapaxes(1, 2), p["w"], (1,), "SAME"), w=zoo.normal(5, zoo.D, 2))
-EXPERTS = zoo.plain(lambda p, x: jnp.einsum("ebtd,edf->ebtf", jnp.stack([x] * 2), p["w"]), w=jnp.stack([zoo.normal(8, 5)] * 2))
+EXPERTS = zoo.plain(
+    lambda p, x: jnp.einsum("ebtd,edf->ebtf", jnp.stack([x] * 2), p["w"]), w=jnp.stack([zoo.normal(8, 5)] * 2)
+)
 
 
 @pytest.mark.parametrize("case", [LINEAR, CONVOLVED, EXPERTS, SCANNED], ids=["dot", "conv", "experts", "scan"])
@@ -97,7 +102,8 @@ def test_the_same_key_the_same_mask_and_another_another():
     case = zoo.get("linen_dense")
     adapter = adapter_for(case, dropout=0.5)
     one, again, other = (
-        jpeft.lift(case.fn)(jpeft.attach(case.params, adapter, dropout_key=jax.random.key(seed)), case.x) for seed in (1, 1, 2)
+        jpeft.lift(case.fn)(jpeft.attach(case.params, adapter, dropout_key=jax.random.key(seed)), case.x)
+        for seed in (1, 1, 2)
     )
     assert_close(again, one, 0)
     assert np.abs(one - other).max() > 0.01
@@ -138,11 +144,15 @@ def test_each_adapter_has_its_own_rate_and_mask():
     assert np.abs(run([one, one]) - base - 2 * (dropped - base)).max() > 0.01
 
 
-@pytest.mark.parametrize("case", [TWICE, SCANNED, REPEATED, LOOPED, EXPERTS], ids=["twice", "layers", "repeated", "looped", "experts"])
+@pytest.mark.parametrize(
+    "case", [TWICE, SCANNED, REPEATED, LOOPED, EXPERTS], ids=["twice", "layers", "repeated", "looped", "experts"]
+)
 def test_each_use_and_each_layer_drops_its_own(case):
     """One weight used twice, or in every turn of a loop; and layers or experts of equal weights."""
     adapter = adapter_for(case, dropout=0.5)
-    trained = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf[:1], leaf.shape) if case in (SCANNED, EXPERTS) else leaf, adapter.trained)
+    trained = jax.tree.map(
+        lambda leaf: jnp.broadcast_to(leaf[:1], leaf.shape) if case in (SCANNED, EXPERTS) else leaf, adapter.trained
+    )
     params = jpeft.attach(case.params, adapter.replace(trained=trained), dropout_key=jax.random.key(0))
     out = jax.jit(jpeft.lift(case.fn))(params, case.x)
     assert np.abs(out[0] - out[1]).max() > 0.01

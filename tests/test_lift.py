@@ -28,7 +28,6 @@ from agreement import (
     reference,
 )
 
-
 BF16 = jnp.dtype(jnp.bfloat16)
 
 

@@ -99,9 +99,7 @@ def scan(program: Program, eqn: JaxprEqn, values: Sequence[Any]) -> Outs:
 
     def step(changing: list[Any], sliced: tuple[list[Any], Any]) -> tuple[list[Any], list[Any]]:
         xs = [_slice_of(v, one) for v, one in zip(stacked, sliced[0], strict=True)]
-        outs = program.evaluate(
-            body.jaxpr, body.consts, [*_in_turn([*consts, *_with(changing, same)], sliced[1]), *xs]
-        )
+        outs = program.evaluate(body.jaxpr, body.consts, [*_in_turn([*consts, *_with(changing, same)], sliced[1]), *xs])
         outs = plain_outputs(program, _without(outs, same | back), "scan")
         return outs[: len(changing)], outs[len(changing) :]
 
