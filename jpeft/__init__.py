@@ -21,6 +21,9 @@ from jpeft.geometry import kernels as kernels
 from jpeft.kernel import Kernel as Kernel
 from jpeft.kernel import Kernels as Kernels
 from jpeft.lift import lift as lift
+from jpeft.methods.adalora import AdaLoRA as AdaLoRA
+from jpeft.methods.dora import DoRA as DoRA
+from jpeft.methods.ia3 import IA3 as IA3
 from jpeft.methods.lora import LoRA as LoRA
 from jpeft.save import load as load
 from jpeft.save import save as save

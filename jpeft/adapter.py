@@ -14,41 +14,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
 from jpeft.errors import KernelError, SpecError
 from jpeft.kernel import Kernel, Kernels
 from jpeft.method import Leaves
-from jpeft.methods import lora
-from jpeft.methods.lora import LoRA
-from jpeft.targets import frozen_mapping, matches_pattern, resolve, saves_module, selected_layers
+from jpeft.methods import METHODS
+from jpeft.site import Site
+from jpeft.spec import Spec
+from jpeft.targets import matches_pattern, resolve, saves_module, selected_layers
 from jpeft.tree import base_leaves, dotted, is_floating, module_of, nearest, parameters
 
 Part = dict[str, Leaves]
-Spec = LoRA
-
-
-@dataclass(frozen=True)
-class Site:
-    """What is done to one weight.
-
-    Attributes:
-      path: where the weight is.
-      method: a name of `jpeft.methods.METHODS`.
-      kernel: the weight's geometry.
-      rank: the method's rank here (0 where it has none).
-      layers: of stacked layers, those adapted; None for all.
-      use: `lookup` or `product` where the adapter acts on one use alone of a weight with both (a tied embedding); None
-        for all uses.
-    """
-
-    path: str
-    method: str
-    kernel: Kernel
-    rank: int = 0
-    layers: tuple[int, ...] | None = None
-    use: str | None = None
 
 
 @dataclass(frozen=True)
@@ -65,9 +42,9 @@ class Adapter:
     """Arrays by path and leaf name, trained and constant apart, and the static `meta`.
 
     Example: the gradient of the trained part alone.
-      >>> import jax, jax.numpy as jnp
+      >>> import jpeft
       >>> params = {"dense": {"kernel": jnp.ones((3, 2))}}
-      >>> adapter = init(jax.random.key(0), LoRA(rank=1), params)
+      >>> adapter = init(jax.random.key(0), jpeft.LoRA(rank=1), params)
       >>> jax.tree.map(jnp.shape, adapter.trained)
       {'dense/kernel': {'a': (3, 1), 'b': (1, 2)}}
     """
@@ -105,7 +82,7 @@ def init(key: Array, spec: Spec, params: Any, *, kernels: Kernels | None = None,
       key: a JAX PRNG key.
       spec: what to do and where.
       params: the base: arrays or `jax.ShapeDtypeStruct`, in any kind of tree. Biases and modules that the spec trains
-        whole are copied, so they need arrays.
+        whole are copied, and DoRA starts from the weights' norms, so they need arrays.
       kernels: the geometry, from `jpeft.kernels`; without it two-dimensional leaves named `kernel` or `embedding` are
         known, and the output head is a kernel like any other.
       dtype: of the factors. float32 is right for a bf16 base too: small updates are lost in bf16.
@@ -114,7 +91,7 @@ def init(key: Array, spec: Spec, params: Any, *, kernels: Kernels | None = None,
       SpecError: `spec` is not a spec, or a target matches nothing.
       KernelError: a targeted weight's geometry is not known.
     """
-    if not isinstance(spec, LoRA):
+    if not isinstance(spec, Spec):
         raise SpecError(f"init takes a spec, as in init(key, jpeft.LoRA(rank=8), params); found {type(spec).__name__}")
     flat = base_leaves(params)
     kernels = default_kernels(flat) if kernels is None else kernels
@@ -129,10 +106,11 @@ def init(key: Array, spec: Spec, params: Any, *, kernels: Kernels | None = None,
         raise SpecError(
             f"{spec} trains nothing: it has no targets, no modules_to_save and no biases that these params have"
         )
-    trained: Part = {site.path: lora.init(_fold(key, site.path), site.kernel, spec, site.rank, dtype) for site in sites}
-    trained |= {site.path: {"value": _trainable_copy(flat[site.path], site.path)} for site in replaced}
-    constant: Part = {site.path: {"scaling": _scaling(spec, site)} for site in sites}
-    return Adapter(trained, constant, Meta(spec, tuple(sorted([*sites, *replaced], key=lambda site: site.path))))
+    sites = sorted([*sites, *replaced], key=lambda site: site.path)
+    new = lambda s: METHODS[s.method].init(_fold(key, s.path), s, spec, flat[s.path], dtype)
+    constant: Part = {site.path: METHODS[site.method].constant(spec, site) for site in sites}
+    kept = {path: leaves for path, leaves in constant.items() if leaves}
+    return Adapter({site.path: new(site) for site in sites}, kept, Meta(spec, tuple(sites)))
 
 
 def _fold(key: Array, path: str) -> Array:
@@ -141,7 +119,7 @@ def _fold(key: Array, path: str) -> Array:
 
 def _site(spec: Spec, path: str, kernel: Kernel) -> Site:
     module = module_of(path)
-    return Site(path, "lora", kernel, spec.rank_of(module, path), selected_layers(spec.where, module, kernel))
+    return Site(path, spec.method, kernel, spec.rank_of(module, path), selected_layers(spec.where, module, kernel))
 
 
 def _check_sites(spec: Spec, sites: list[Site], flat: Mapping[str, Any]) -> None:
@@ -151,20 +129,10 @@ def _check_sites(spec: Spec, sites: list[Site], flat: Mapping[str, Any]) -> None
             raise KernelError(
                 f"{site.path!r} holds {flat[site.path].dtype}; expected a floating dtype: dequantize it first"
             )
-    for name, _ in (*frozen_mapping(spec.rank_pattern), *frozen_mapping(spec.alpha_pattern)):
+    for name in spec.patterns:
         if not any(matches_pattern(name, module_of(site.path), site.path) for site in sites):
             modules = [dotted(module_of(site.path)) for site in sites]
             raise SpecError(f"the pattern {name!r} matches no target; the nearest are {nearest(dotted(name), modules)}")
-
-
-def _scaling(spec: Spec, site: Site) -> Array:
-    """(*batch,): the scaling of each matrix; 0 where `layers` leaves a slice of a stack alone."""
-    value = spec.scaling(site.rank, spec.alpha_of(module_of(site.path), site.path))
-    scaling = np.full(site.kernel.batch_shape, value, np.float32)
-    if site.layers is not None:
-        chosen = np.isin(np.arange(site.kernel.batch_shape[0]), site.layers)
-        scaling *= chosen.reshape(-1, *[1] * (scaling.ndim - 1))
-    return jnp.asarray(scaling)
 
 
 def _replaced_paths(spec: Spec, adapted: list[str], flat: Mapping[str, Any]) -> list[str]:
@@ -184,15 +152,6 @@ def _replaced_paths(spec: Spec, adapted: list[str], flat: Mapping[str, Any]) -> 
 def _replacement(path: str, shape: tuple[int, ...]) -> Site:
     axes = tuple(range(len(shape)))
     return Site(path, "replacement", Kernel(tuple(shape), (), axes, kind="replacement"))
-
-
-def _trainable_copy(leaf: Any, path: str) -> Array:
-    if isinstance(leaf, jax.ShapeDtypeStruct):
-        raise KernelError(
-            f"{path!r} is trained whole, which starts from its value; found a ShapeDtypeStruct, give arrays"
-        )
-    half = leaf.dtype in (jnp.bfloat16, jnp.float16)
-    return jnp.array(leaf, jnp.float32 if half else leaf.dtype)
 
 
 def _check_fit(kernels: Kernels, flat: Mapping[str, Any]) -> None:
@@ -236,8 +195,9 @@ def count(params: Any, adapter: Adapter) -> Count:
     """The number of trained and of all parameters, as PEFT counts them: the adapter's come on top of the base's.
 
     Example:
+      >>> import jpeft
       >>> params = {"dense": {"kernel": jnp.ones((3, 2))}}
-      >>> print(count(params, init(jax.random.key(0), LoRA(rank=1), params)))
+      >>> print(count(params, init(jax.random.key(0), jpeft.LoRA(rank=1), params)))
       trainable params: 5 || all params: 11 || trainable%: 45.4545
     """
     trained = sum(_trained_size(adapter, site) for site in adapter.sites)

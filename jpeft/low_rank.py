@@ -68,3 +68,8 @@ def _backward(saved: tuple[Array, ...], g: Array) -> tuple[Array, ...]:
 
 
 low_rank.defvjp(_forward, _backward)
+
+
+def gated_low_rank(x: Array, a: Array, b: Array, gates: Array) -> Array:
+    """`((x A) ⊙ g) B` with gates (*batch, rows, r): another mixture of the columns of A for each row."""
+    return _barrier((_barrier(x @ a) * gates) @ b)

@@ -3,48 +3,88 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
+import jax.numpy as jnp
 from jax import Array
 
 from jpeft.kernel import Kernel
+from jpeft.site import Site
 
 Leaves = dict[str, Array]
+Weights = Callable[[], Array]
 
 
 class Product(Protocol):
     """The method inside a product of the model, without forming the adapted weight.
 
-    `x` (*batch, rows, in) is the product's input, after dropout where there is some, and `y` (*batch, rows, out) the
-    frozen product's result. Returns the adapted result.
+    `x` (*batch, rows, in) is the product's input, after dropout where there is some, `y` (*batch, rows, out) the frozen
+    product's result, and `w()` the frozen weight (*batch, in, out). Returns the adapted result.
     """
 
-    def __call__(self, x: Array, y: Array, leaves: Leaves, *, forward_mode: bool) -> Array:
+    def __call__(self, x: Array, y: Array, w: Weights, leaves: Leaves, *, forward_mode: bool) -> Array:
         """The adapted result."""
         ...
+
+
+class Lookup(Protocol):
+    """The method inside an embedding's lookup or a convolution.
+
+    `take(A)` are the rows of A (in, r) that the model takes of its table, or A convolved with the input, (..., r); `y`
+    (..., out) is what the frozen weight gives, and `w()` the weight itself (in, out). Returns the adapted result.
+    """
+
+    def __call__(self, take: Callable[[Array], Array], y: Array, w: Weights, leaves: Leaves) -> Array:
+        """The adapted result."""
+        ...
+
+
+class Init(Protocol):
+    """The trained leaves of a new adapter at one weight, whose value may matter; they change nothing yet."""
+
+    def __call__(self, key: Array, site: Site, spec: Any, weight: Any, dtype: jnp.dtype) -> Leaves:
+        """The leaves, in the weight's own axes."""
+        ...
+
+
+class Scales(NamedTuple):
+    """Factors on a product's input and result: `in_` (*batch, in) and `out` (*batch, out), None for 1."""
+
+    in_: Array | None = None
+    out: Array | None = None
 
 
 class Method(NamedTuple):
     """A way to adapt a weight.
 
+    Methods that add act on the base, each for itself, and their changes add up. Methods with `scales` act on what came
+    of that; they commute. So the order of several adapters means nothing.
+
     Attributes:
       transform: `(W, leaves) -> W'`: the definition, dense, on matrices `(*batch, in, out)`.
       matrices: `(leaves, kernel) -> leaves`, each leaf's own axes joined: A `(*batch, *contracted, r)` becomes
         `(*batch, in, r)`.
-      delta: `leaves -> ΔW` where `W' = W + ΔW`; None for methods that do not add. Only these can be weighted.
+      init: the trained leaves of a new adapter.
+      constant: `(spec, site) -> leaves` that are not trained.
+      delta: `leaves -> ΔW` where `W' = W + ΔW` whatever W is; None for other methods. Only these can be weighted.
       weighted: `(leaves, weight) -> leaves` with `weight * ΔW`; goes with `delta`.
-      product: the fast path through a product; None leaves the dense weight.
+      product: the fast path through a product; None (without `scales`) leaves the dense weight.
       transposed: the leaves of the same adapter on `Wᵀ`; None where such a product has to be dense.
-      lookup: the fast path through an embedding's lookup or a convolution, `(take, leaves) -> what to add`: `take(A)`
-        are the rows of A (in, r) that the model takes of its table, or A convolved with the input, (..., r).
+      lookup: the fast path through an embedding's lookup or a convolution.
       bias: `leaves -> (*batch, out)`, what is added to the layer's result, or None.
+      scales: of a method that only scales the input and the result, the layer's bias included.
+      alone: the method can't share a weight with another adapter.
     """
 
     transform: Callable[[Array, Leaves], Array]
     matrices: Callable[[Leaves, Kernel], Leaves]
+    init: Init
+    constant: Callable[[Any, Site], Leaves] = lambda spec, site: {}
     delta: Callable[[Leaves], Array] | None = None
     weighted: Callable[[Leaves, Array], Leaves] | None = None
     product: Product | None = None
     transposed: Callable[[Leaves], Leaves] | None = None
-    lookup: Callable[[Callable[[Array], Array], Leaves], Array] | None = None
+    lookup: Lookup | None = None
     bias: Callable[[Leaves], Array | None] = lambda leaves: None
+    scales: Callable[[Leaves], Scales] | None = None
+    alone: bool = False

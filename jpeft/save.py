@@ -13,11 +13,13 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from jpeft.adapter import Adapter, Meta, Part, Site, Spec
+from jpeft.adapter import Adapter, Meta, Part
 from jpeft.atomic import write_file
 from jpeft.errors import AdapterError, JpeftError
 from jpeft.kernel import Kernel
 from jpeft.methods import METHODS, SPECS
+from jpeft.site import Site
+from jpeft.spec import Spec
 
 FORMAT = "jpeft-1"
 

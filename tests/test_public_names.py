@@ -11,9 +11,12 @@ import jpeft
 import jpeft_interop
 
 JPEFT = (
+    "AdaLoRA",
     "Adapter",
     "AdapterError",
     "Count",
+    "DoRA",
+    "IA3",
     "JpeftError",
     "Kernel",
     "KernelError",

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jpeft
-from jpeft.apply import check_fit
+from jpeft.effects import check_fit
 from jpeft.errors import AdapterError
 from jpeft.tree import flatten
 from jpeft_interop.load_peft import load_peft

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import jpeft
-from jpeft.adapter import Adapter, Meta, Site
+from jpeft.adapter import Adapter, Meta
+from jpeft.site import Site
 from jpeft.errors import AdapterError
 from jpeft.kernel import Kernel
 from jpeft.targets import ALL_LINEAR, is_kept, names_module

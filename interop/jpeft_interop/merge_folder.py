@@ -19,7 +19,8 @@ from flax import nnx
 from jax import Array
 
 import jpeft
-from jpeft.adapter import Meta, Site
+from jpeft.adapter import Meta
+from jpeft.site import Site
 from jpeft.errors import MergeError, WeightsError
 from jpeft.tree import flatten, module_of
 from jpeft_interop.any_adapter import load_adapter

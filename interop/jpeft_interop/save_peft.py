@@ -13,7 +13,8 @@ import numpy as np
 from safetensors.numpy import save_file
 
 import jpeft
-from jpeft.adapter import Adapter, Site
+from jpeft.adapter import Adapter
+from jpeft.site import Site
 from jpeft.atomic import write_folder
 from jpeft.errors import AdapterError
 from jpeft.kernel import Kernel

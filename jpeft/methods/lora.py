@@ -10,27 +10,27 @@ their A and B are these, transposed.
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
-from typing import Any, Literal
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
-from jpeft.errors import SpecError
 from jpeft.kernel import Kernel
 from jpeft.low_rank import low_rank, low_rank_plain
-from jpeft.method import Leaves, Method
-from jpeft.targets import Patterns, Targets, frozen_mapping, frozen_names, pattern_value
+from jpeft.method import Leaves, Method, Site, Weights
+from jpeft.spec import Spec, names_of
+from jpeft.targets import Patterns, frozen_mapping, pattern_value
+from jpeft.tree import module_of
 
-Bias = Literal["none", "all", "lora_only"]
 Init = Literal["kaiming", "gaussian"]
 
 
 @dataclass(frozen=True, repr=False)
-class LoRA:
+class LoRA(Spec):
     """The LoRA spec: hyperparameters and targets. Frozen, hashable, serialisable.
 
     Args:
@@ -61,45 +61,35 @@ class LoRA:
 
     rank: int = 8
     alpha: float | None = None
-    targets: str | Sequence[str] = "all-linear"
-    exclude: str | Sequence[str] = ()
-    layers_to_transform: int | Sequence[int] | None = None
-    layers_pattern: str | Sequence[str] = ()
     rank_pattern: Patterns[int] = ()
     alpha_pattern: Patterns[float] = ()
     rank_stabilized: bool = False
     dropout: float = 0.0
     factor_bias: bool = False
-    bias: Bias = "none"
-    modules_to_save: str | Sequence[str] = ()
     init: Init = "kaiming"
 
     method = "lora"
+    shown: ClassVar = ("rank", "alpha", "targets")
 
     def __post_init__(self) -> None:
-        freeze = lambda name, value: object.__setattr__(self, name, value)
-        freeze("targets", frozen_names(self.targets))
-        freeze("exclude", frozen_names(self.exclude))
-        freeze("modules_to_save", frozen_names(self.modules_to_save, regex=False))
-        freeze("layers_pattern", frozen_names(self.layers_pattern, regex=False))
-        if self.layers_to_transform is not None:
-            layers = self.layers_to_transform
-            freeze("layers_to_transform", (layers,) if isinstance(layers, int) else tuple(layers) or None)
-        freeze("rank_pattern", frozen_mapping(self.rank_pattern))
-        freeze("alpha_pattern", frozen_mapping(self.alpha_pattern))
-        _check(self)
-
-    def __repr__(self) -> str:
-        shown = ("rank", "alpha", "targets")
-        kept = [f for f in fields(self) if f.name in shown or getattr(self, f.name) != f.default]
-        return f"LoRA({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in kept)})"
+        super().__post_init__()
+        self.freeze("rank_pattern", frozen_mapping(self.rank_pattern))
+        self.freeze("alpha_pattern", frozen_mapping(self.alpha_pattern))
+        for name, rank in (("rank", self.rank), *frozen_mapping(self.rank_pattern)):
+            self.check_ranks(name, rank)
+        self.check_regexes(*self.patterns)
+        self.check_rate("dropout")
+        self.check_one_of("init", ("kaiming", "gaussian"))
 
     @property
-    def where(self) -> Targets:
-        """The part of the spec that says which weights are meant."""
-        layers: Any = self.layers_to_transform  # a tuple or None since __post_init__
-        names = frozen_names(self.targets), frozen_names(self.exclude)
-        return Targets(*names, layers, frozen_names(self.layers_pattern, regex=False), tuple(self.modules_to_save))
+    def patterns(self) -> tuple[str, ...]:
+        """The names and regexes of the rank and alpha patterns."""
+        return (*names_of(self.rank_pattern), *names_of(self.alpha_pattern))
+
+    @property
+    def dropout_rate(self) -> float:
+        """Of the dropout on the input of the branch."""
+        return self.dropout
 
     def rank_of(self, *names: str) -> int:
         """r of the weight in a module, or by its other names."""
@@ -115,33 +105,12 @@ class LoRA:
         return 0.0 if rank == 0 else alpha / (math.sqrt(rank) if self.rank_stabilized else rank)
 
 
-def _check(spec: LoRA) -> None:
-    for name, rank in (("rank", spec.rank), *frozen_mapping(spec.rank_pattern)):
-        if not isinstance(rank, int) or isinstance(rank, bool) or rank < 0:
-            raise SpecError(f"LoRA: {name} must be an integer >= 0; found {rank!r}")
-    regexes = [names for names in (spec.targets, spec.exclude) if isinstance(names, str)]
-    patterns = (*frozen_mapping(spec.rank_pattern), *frozen_mapping(spec.alpha_pattern))
-    for regex in (*regexes, *(name for name, _ in patterns), *spec.layers_pattern):
-        _check_regex(regex)
-    if not 0 <= spec.dropout < 1:
-        raise SpecError(f"LoRA: dropout must be in [0, 1); found {spec.dropout!r}")
-    for name, known in (("bias", ("none", "all", "lora_only")), ("init", ("kaiming", "gaussian"))):
-        if getattr(spec, name) not in known:
-            raise SpecError(f"LoRA: {name} must be one of {known}; found {getattr(spec, name)!r}")
-
-
-def _check_regex(regex: str) -> None:
-    try:
-        re.compile(regex)
-    except re.error as error:
-        raise SpecError(f"LoRA: {regex!r} is no regex ({error}); names go in a list: targets=[{regex!r}]") from error
-
-
-def init(key: Array, kernel: Kernel, spec: LoRA, rank: int, dtype: jnp.dtype) -> Leaves:
+def init(key: Array, site: Site, spec: LoRA, weight: Array, dtype: jnp.dtype) -> Leaves:
     """The trained leaves of one kernel: `a` (*batch, *contracted, r), `b` (*batch, r, *output), perhaps `bias`.
 
     The change is exactly zero: B is zero, or A for an embedding.
     """
+    kernel, rank = site.kernel, site.rank
     a_shape = (*kernel.batch_shape, *kernel.sizes(kernel.contracted), rank)
     b_shape = (*kernel.batch_shape, rank, *kernel.sizes(kernel.output))
     if kernel.kind == "embedding":
@@ -158,6 +127,12 @@ def _draw_a(key: Array, shape: tuple[int, ...], how: Init, fan_in: int, dtype: j
         return jax.random.normal(key, shape, dtype) / max(shape[-1], 1)
     bound = 1 / math.sqrt(max(fan_in, 1))
     return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+def constant(spec: LoRA, site: Site) -> Leaves:
+    """`scaling` (*batch,): s of each matrix; 0 where `layers` leaves a slice of a stack alone."""
+    value = spec.scaling(site.rank, spec.alpha_of(module_of(site.path), site.path))
+    return {"scaling": jnp.asarray(site.chosen * np.float32(value))}
 
 
 def matrices(leaves: Leaves, kernel: Kernel) -> Leaves:
@@ -182,11 +157,16 @@ def weighted(leaves: Leaves, weight: Array) -> Leaves:
     return leaves | {"scaling": leaves["scaling"] * weight}
 
 
-def product(x: Array, y: Array, leaves: Leaves, *, forward_mode: bool) -> Array:
+def product(x: Array, y: Array, w: Weights, leaves: Leaves, *, forward_mode: bool) -> Array:
     """y = x W + s (x A) B, the branch in the factors' dtype."""
-    branch = low_rank_plain if forward_mode else low_rank
+    return y + branch(x, leaves, forward_mode=forward_mode).astype(y.dtype)
+
+
+def branch(x: Array, leaves: Leaves, *, forward_mode: bool) -> Array:
+    """s (x A) B, in the factors' dtype."""
+    product = low_rank_plain if forward_mode else low_rank
     a, b = leaves["a"], leaves["b"]
-    return y + branch(x.astype(a.dtype), a, b, _scaling(leaves)).astype(y.dtype)
+    return product(x.astype(a.dtype), a, b, _scaling(leaves))
 
 
 def _scaling(leaves: Leaves) -> Array:
@@ -199,8 +179,13 @@ def transposed(leaves: Leaves) -> Leaves:
     return leaves | {"a": leaves["b"].mT, "b": leaves["a"].mT}
 
 
-def lookup(take: Callable[[Array], Array], leaves: Leaves) -> Array:
+def lookup(take: Callable[[Array], Array], y: Array, w: Weights, leaves: Leaves) -> Array:
     """Row i of s A B is s A[i] B; a convolution with s A B is one with A, then B at each point."""
+    return y + looked_up(take, leaves).astype(y.dtype)
+
+
+def looked_up(take: Callable[[Array], Array], leaves: Leaves) -> Array:
+    """What `lookup` adds, in the factors' dtype."""
     return _scaling(leaves) * (take(leaves["a"]) @ leaves["b"])
 
 
@@ -209,4 +194,15 @@ def bias(leaves: Leaves) -> Array | None:
     return _scaling(leaves)[..., None] * leaves["bias"] if "bias" in leaves else None
 
 
-METHOD = Method(transform, matrices, delta, weighted, product, transposed, lookup, bias)
+METHOD = Method(
+    transform,
+    matrices,
+    init=init,
+    constant=constant,
+    delta=delta,
+    weighted=weighted,
+    product=product,
+    transposed=transposed,
+    lookup=lookup,
+    bias=bias,
+)

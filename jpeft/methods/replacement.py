@@ -7,10 +7,26 @@ What `modules_to_save` and the trained biases of a LoRA are: no method to choose
 
 from __future__ import annotations
 
+from typing import Any
+
+import jax
+import jax.numpy as jnp
 from jax import Array
 
+from jpeft.errors import KernelError
 from jpeft.kernel import Kernel
 from jpeft.method import Leaves, Method
+from jpeft.site import Site
+
+
+def init(key: Array, site: Site, spec: Any, weight: Any, dtype: jnp.dtype) -> Leaves:
+    """`value`: a copy of the leaf, in float32 where it has half of that."""
+    if isinstance(weight, jax.ShapeDtypeStruct):
+        raise KernelError(
+            f"{site.path!r} is trained whole, which starts from its value; found a ShapeDtypeStruct, give arrays"
+        )
+    half = weight.dtype in (jnp.bfloat16, jnp.float16)
+    return {"value": jnp.array(weight, jnp.float32 if half else weight.dtype)}
 
 
 def matrices(leaves: Leaves, kernel: Kernel) -> Leaves:
@@ -24,4 +40,4 @@ def transform(w: Array, leaves: Leaves) -> Array:
     return leaves["value"]
 
 
-METHOD = Method(transform, matrices)
+METHOD = Method(transform, matrices, init, alone=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -16,12 +17,17 @@ import jax.numpy as jnp
 from jax import Array
 from jax.extend.core import JaxprEqn
 
+from jpeft.gates import aligned
+from jpeft.kernel import wide
+from jpeft.method import Weights
 from jpeft.methods import METHODS
 from jpeft.rewrite.program import Program, Result, Use, bind
 from jpeft.rewrite.weight import Branch, Weight, fold_in, is_weight, over_keys
+from jpeft.together import summed
 from jpeft.view import Atom, covers, from_original, to_original
 
 Outs = Sequence[Any] | None
+Take = Callable[[Array], Array]
 Roles = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 
 
@@ -70,12 +76,13 @@ def _oriented(weight: Weight, dims: _Dims) -> tuple[Branch, ...] | None:
     batch = view.atoms(dims.w_batch)
     if not weight.is_whole or [a.axis for a in batch if a.size > 1] != [a for a in weight.batch if kernel.shape[a] > 1]:
         return None
-    methods = [METHODS[branch.method] for branch in weight.branches]
+    branches = tuple(branch for branch in weight.branches if branch.use in (None, "product"))
+    methods = [METHODS[branch.method] for branch in branches]
     contracted = view.atoms(dims.w_contract)
-    if covers(contracted, kernel.contracted, kernel.shape) and all(m.product for m in methods):
-        return weight.branches if kernel.fan_in > 1 or not covers(contracted, kernel.output, kernel.shape) else None
-    if covers(contracted, kernel.output, kernel.shape) and all(m.product and m.transposed for m in methods):
-        return tuple(_transposed(branch) for branch in weight.branches)
+    if covers(contracted, kernel.contracted, kernel.shape) and all(m.product or m.scales for m in methods):
+        return branches if kernel.fan_in > 1 or not covers(contracted, kernel.output, kernel.shape) else None
+    if covers(contracted, kernel.output, kernel.shape) and all(m.transposed for m in methods):
+        return tuple(_transposed(branch) for branch in branches)
     return None
 
 
@@ -88,12 +95,30 @@ def _transposed(branch: Branch) -> Branch:
 def _product(program: Program, x: Array, base: Callable[[Array], Array], weight: Weight, dims: _Dims) -> Array:
     """The methods' product on matrices, put back where the equation has its result."""
     rows = _Rows.of(x, weight, dims)
+    branches = [_with_gates(branch, rows, weight.path) for branch in _batched(weight, rows.batch_shape)]
+    scales = [METHODS[b.method].scales(b.leaves) for b in branches if METHODS[b.method].scales]  # pyright: ignore
     matrix = rows.x_to_matrix(x)
-    out = rows.y_to_matrix(base(x))
-    for branch in _batched(weight, rows.batch_shape):
-        if branch.use in (None, "product"):
-            out = _with_branch(program, matrix, out, branch)
-    return rows.y_from_matrix(out)
+    scaled = _scaled(matrix, [scale.in_ for scale in scales])
+    out = rows.y_to_matrix(base(x if scaled is matrix else rows.x_from_matrix(scaled)))
+    w = lambda: weight.to_matrix(weight.value).reshape(*rows.batch_shape, weight.kernel.fan_in, -1)
+    out = _summed(program, scaled, out, w, branches)
+    return rows.y_from_matrix(_scaled(out, [scale.out for scale in scales]))
+
+
+def _scaled(rows: Array, factors: Sequence[Array | None]) -> Array:
+    """Rows (*batch, rows, n) times each of the factors (*batch, n)."""
+    for factor in factors:
+        rows = rows if factor is None else (wide(rows) * wide(factor)[..., None, :]).astype(rows.dtype)
+    return rows
+
+
+def _with_gates(branch: Branch, rows: _Rows, path: str) -> Branch:
+    """Gates join the leaves, (*batch, rows, K)."""
+    if branch.gates is None:
+        return branch
+    gates = aligned(branch.gates, len(rows.batch_shape), rows.free_shape, path)
+    gates = gates.reshape(*rows.batch_shape, rows.rows, gates.shape[-1])
+    return replace(branch, leaves=branch.leaves | {"gates": gates})
 
 
 def _batched(weight: Weight, batch_shape: tuple[int, ...]) -> tuple[Branch, ...]:
@@ -101,12 +126,18 @@ def _batched(weight: Weight, batch_shape: tuple[int, ...]) -> tuple[Branch, ...]
     return jax.tree.map(lambda leaf: leaf.reshape(*batch_shape, *leaf.shape[len(weight.batch) :]), weight.branches)
 
 
-def _with_branch(program: Program, x: Array, y: Array, branch: Branch) -> Array:
-    method = METHODS[branch.method]
-    assert method.product is not None
-    y = method.product(_dropout(program, x, branch), y, branch.leaves, forward_mode=program.forward_mode)
-    bias = method.bias(branch.leaves)
-    return y if bias is None else y + bias[..., None, :].astype(y.dtype)
+def _summed(program: Program, x: Array, y: Array, w: Weights, branches: Sequence[Branch]) -> Array:
+    """The frozen product's result and what the branches make of it."""
+
+    def act(branch: Branch, y: Array) -> Array:
+        method, seen = METHODS[branch.method], _dropout(program, x, branch)
+        assert method.product is not None
+        y = method.product(seen, y, w, branch.leaves, forward_mode=program.forward_mode)
+        bias = method.bias(branch.leaves)
+        return y if bias is None else y + bias[..., None, :].astype(y.dtype)
+
+    acts = [(METHODS[branch.method], partial(act, branch)) for branch in branches]
+    return summed(y, [(method, act) for method, act in acts if method.product is not None])
 
 
 def _dropout(program: Program, x: Array, branch: Branch) -> Array:
@@ -143,6 +174,13 @@ class _Rows:
         x = x.reshape(*self.batch_shape, self.rows, *(atom.size for atom in self.contracted))
         return to_original(x, lead + 1, self.contracted)
 
+    def x_from_matrix(self, m: Array) -> Array:
+        """The inverse of `x_to_matrix`."""
+        d, lead = self.dims, len(self.dims.x_batch)
+        order = (*d.x_batch, *d.x_free, *d.x_contract)
+        split = from_original(m, lead + 1, self.contracted).reshape(tuple(self.x_shape[i] for i in order))
+        return split.transpose(tuple(order.index(i) for i in range(len(order))))
+
     def y_to_matrix(self, y: Array) -> Array:
         lead, n_free = len(self.batch_shape), len(self.free_shape)
         if self.dims.weight_first:
@@ -171,12 +209,23 @@ def gather(program: Program, eqn: JaxprEqn, values: Sequence[Any]) -> Outs:
     if program.watch:
         program.uses.append(use)
         return bind(eqn, [weight.value, *rest])
-    kernel, methods = weight.kernel, [METHODS[branch.method] for branch in weight.branches]
-    rows_contracted = covers(weight.view.atoms((0,)), kernel.contracted, kernel.shape)
-    if weight.batch or not weight.is_whole or not rows_contracted or not all(m.lookup for m in methods):
+    branches = [branch for branch in weight.branches if branch.use in (None, "lookup")]
+    rows_contracted = covers(weight.view.atoms((0,)), weight.kernel.contracted, weight.kernel.shape)
+    if weight.batch or not weight.is_whole or not rows_contracted or not all(map(_looks_up, branches)):
         return None
     program.uses.append(use)
-    return [_looked_up(eqn, weight, rest)]
+
+    def take(rows: Array) -> Array:
+        params = eqn.params | {"slice_sizes": (1, rows.shape[1])}
+        return eqn.primitive.bind(rows, *rest, **params)
+
+    return [_looked_up(weight, [(branch, take) for branch in branches], take(weight.value))]
+
+
+def _looks_up(branch: Branch) -> bool:
+    """Whether a branch can stay factored where there are no rows of a matrix: in a lookup, in a convolution."""
+    method = METHODS[branch.method]
+    return method.lookup is not None or (method.scales is not None and method.scales(branch.leaves).in_ is None)
 
 
 def _takes_rows(eqn: JaxprEqn, weight: Weight) -> bool:
@@ -190,17 +239,29 @@ def _takes_rows(eqn: JaxprEqn, weight: Weight) -> bool:
     )
 
 
-def _looked_up(eqn: JaxprEqn, weight: Weight, rest: Sequence[Any]) -> Array:
-    def take(rows: Array) -> Array:
-        params = eqn.params | {"slice_sizes": (1, rows.shape[1])}
-        return eqn.primitive.bind(rows, *rest, **params)
+def _looked_up(weight: Weight, takes: Sequence[tuple[Branch, Take]], y: Array) -> Array:
+    """What the frozen weight gives, (..., out), and what the branches make of it, each by its `take(A)`."""
+    w = lambda: weight.to_matrix(weight.value)
 
-    out = take(weight.value)
-    for branch in weight.branches:
-        lookup = METHODS[branch.method].lookup
-        if branch.use in (None, "lookup") and lookup is not None:
-            out = out + lookup(take, branch.leaves).astype(out.dtype)
-    return out
+    def act(branch: Branch, take: Take, y: Array) -> Array:
+        method, leaves = METHODS[branch.method], branch.leaves
+        assert method.lookup is not None
+        if branch.gates is not None:
+            leaves = leaves | {"gates": aligned(branch.gates, 0, y.shape[:-1], weight.path)}
+        y, bias = method.lookup(take, y, w, leaves), method.bias(leaves)
+        return y if bias is None else y + _last(bias, y.ndim).astype(y.dtype)
+
+    acts = [(METHODS[branch.method], partial(act, branch, take)) for branch, take in takes]
+    y = summed(y, [(method, act) for method, act in acts if method.lookup is not None])
+    for method, leaves in ((METHODS[branch.method], branch.leaves) for branch, _ in takes):
+        out = method.scales(leaves).out if method.scales is not None else None
+        y = y if out is None else (wide(y) * wide(_last(out, y.ndim))).astype(y.dtype)
+    return y
+
+
+def _last(vector: Array, ndim: int) -> Array:
+    """A vector along the last of `ndim` axes."""
+    return vector.reshape(*[1] * (ndim - 1), -1)
 
 
 def conv_general_dilated(program: Program, eqn: JaxprEqn, values: Sequence[Any]) -> Outs:
@@ -218,25 +279,23 @@ def conv_general_dilated(program: Program, eqn: JaxprEqn, values: Sequence[Any])
     if groups != 1 or eqn.params["batch_group_count"] != 1 or not _fits_conv(weight, roles):
         return None
     program.uses.append(use)
-    out = bind(eqn, [x, weight.value])[0]
-    for branch in weight.branches:
-        out = out + _convolved(program, eqn, x, weight, branch, roles).astype(out.dtype)
-    return [out]
+    feature = eqn.params["dimension_numbers"].out_spec[1]
+    takes = [(branch, _conv_take(_dropout(program, x, branch), eqn, weight, roles)) for branch in weight.branches]
+    out = jnp.moveaxis(bind(eqn, [x, weight.value])[0], feature, -1)
+    return [jnp.moveaxis(_looked_up(weight, takes, out), -1, feature)]
 
 
 def _fits_conv(weight: Weight, roles: Roles) -> bool:
-    known = all(METHODS[branch.method].lookup for branch in weight.branches)
+    known = all(map(_looks_up, weight.branches))
     whole = weight.is_whole and not weight.batch
     return known and whole and covers(weight.view.atoms(roles[0]), weight.kernel.contracted, weight.kernel.shape)
 
 
-def _convolved(program: Program, eqn: JaxprEqn, x: Array, weight: Weight, branch: Branch, roles: Roles) -> Array:
-    """What a branch adds: a convolution with A laid out as the kernel is, r for its output, then the method's rest."""
-    method, (contracted, (out_dim,), _) = METHODS[branch.method], roles
-    assert method.lookup is not None
+def _conv_take(x: Array, eqn: JaxprEqn, weight: Weight, roles: Roles) -> Take:
+    """A convolution with A, laid out as the kernel is, r for its output; its features last."""
+    contracted, (out_dim,), _ = roles
     feature = eqn.params["dimension_numbers"].out_spec[1]
     order = (out_dim, *contracted)
-    x = _dropout(program, x, branch)
 
     def take(a: Array) -> Array:
         window = from_original(a.mT, 1, weight.view.atoms(contracted))
@@ -245,5 +304,4 @@ def _convolved(program: Program, eqn: JaxprEqn, x: Array, weight: Weight, branch
         params = eqn.params | {"preferred_element_type": None}
         return jnp.moveaxis(eqn.primitive.bind(x.astype(a.dtype), kernel, **params), feature, -1)
 
-    y, bias = method.lookup(take, branch.leaves), method.bias(branch.leaves)
-    return jnp.moveaxis(y if bias is None else y + bias.reshape(*[1] * (y.ndim - 1), -1), -1, feature)
+    return take

@@ -126,6 +126,8 @@ def _check_dense(weight: Weight, branch: Branch, why: str) -> None:
         raise LiftError(f"{weight.path!r}: dropout acts on the branch's input, and this use has none ({why})")
     if branch.use is not None:
         raise LiftError(f"{weight.path!r}: the adapter acts on one use of a tied weight, and this use is dense ({why})")
+    if branch.gates is not None:
+        raise LiftError(f"{weight.path!r}: the gates differ from row to row, and this use has no rows ({why})")
     if "bias" in branch.leaves:
         raise LiftError(f"{weight.path!r}: the bias of B is added to a product's result, and this use is dense ({why})")
 

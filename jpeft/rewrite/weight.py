@@ -13,16 +13,18 @@ from jpeft.errors import LiftError
 from jpeft.kernel import Kernel, wide
 from jpeft.method import Leaves
 from jpeft.methods import METHODS
+from jpeft.together import adapted_matrix
 from jpeft.view import Atom, View, covers
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Branch:
-    """One adapter at one weight: leaves as matrices, each with the weight's batch axes in front."""
+    """One adapter at one weight: leaves as matrices, each with the weight's batch axes in front, and gates too."""
 
     leaves: Leaves
     dropout_key: Array | None
+    gates: Array | None
     method: str = field(metadata={"static": True})
     dropout: float = field(metadata={"static": True})
     use: str | None = field(metadata={"static": True})
@@ -105,9 +107,7 @@ class Weight:
         if not self.branches:
             return self.value
         matrix = wide(self.to_matrix(self.value))
-        for branch in self.branches:
-            leaves = {name: leaf.astype(matrix.dtype) for name, leaf in branch.leaves.items()}
-            matrix = METHODS[branch.method].transform(matrix, leaves)
+        matrix = adapted_matrix(matrix, [(METHODS[branch.method], branch.leaves) for branch in self.branches])
         return self.from_matrix(matrix).astype(self.value.dtype)
 
 

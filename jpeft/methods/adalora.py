@@ -1,0 +1,171 @@
+"""AdaLoRA: low-rank adaptation in the form of an SVD, whose ranks a budget shares out.
+
+    W' = W + s A diag(E) B,    s = alpha / (r + 1e-5)
+
+with A (in, r), E (r), B (r, out); the factors are kept near orthogonal by a penalty, and entries of E set to zero take
+their direction out. Zhang et al. 2023, "AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning",
+arXiv:2303.10512. s is PEFT's: by the rank at the start, whatever is pruned. `jpeft.adalora` is the budget.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jpeft.kernel import Kernel
+from jpeft.method import Leaves, Method, Weights
+from jpeft.methods import lora
+from jpeft.site import Site
+from jpeft.spec import Spec, names_of
+from jpeft.targets import Patterns, frozen_mapping, pattern_value
+
+
+@dataclass(frozen=True, repr=False)
+class AdaLoRA(Spec):
+    """The AdaLoRA spec: hyperparameters, schedule and targets.
+
+    Args:
+      rank: r of every kernel at the start.
+      target_rank: the mean rank at the end.
+      alpha: the numerator of the scaling; `rank` if None.
+      dropout: the rate on the branch's input; acts where `attach` gets a `dropout_key`.
+      total_steps: optimizer steps of the whole run.
+      initial_steps: steps at the start (the paper's t_i) in which nothing is pruned.
+      final_steps: steps at the end (t_f) in which the ranks stay.
+      every: steps between allocations (Δ_T).
+      beta1: of the moving average of the sensitivity.
+      beta2: of the moving average of its uncertainty.
+      orthogonality: the weight of the penalty (γ).
+      ranks: real ranks by module name or regex suffix, once pruned.
+
+    Raises:
+      SpecError: a value out of range.
+
+    Example:
+      >>> AdaLoRA(rank=12, target_rank=4, total_steps=1000)
+      AdaLoRA(rank=12, target_rank=4, total_steps=1000, targets='all-linear')
+    """
+
+    rank: int = 12
+    target_rank: int = 8
+    alpha: float | None = None
+    dropout: float = 0.0
+    total_steps: int | None = None
+    initial_steps: int = 0
+    final_steps: int = 0
+    every: int = 1
+    beta1: float = 0.85
+    beta2: float = 0.85
+    orthogonality: float = 0.5
+    ranks: Patterns[int] = ()
+
+    method = "adalora"
+    shown: ClassVar = ("rank", "target_rank", "total_steps", "targets")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.freeze("ranks", frozen_mapping(self.ranks))
+        for name, rank, least in (("rank", self.rank, 1), ("target_rank", self.target_rank, 0)):
+            self.check_ranks(name, rank, least)
+        for name, rank in frozen_mapping(self.ranks):
+            self.check_ranks(name, rank)
+        self.check_regexes(*self.patterns)
+        for name in ("dropout", "beta1", "beta2"):
+            self.check_rate(name)
+        self._check_schedule()
+
+    def _check_schedule(self) -> None:
+        for name, least in (("initial_steps", 0), ("final_steps", 0), ("every", 1)):
+            self.check_ranks(name, getattr(self, name), least)
+        if self.target_rank > self.rank:
+            raise self.fail(f"target_rank must be at most rank ({self.rank}); found {self.target_rank}")
+        if self.total_steps is None:
+            return
+        self.check_ranks("total_steps", self.total_steps, 1)
+        if self.initial_steps + self.final_steps >= self.total_steps:
+            raise self.fail(
+                f"initial_steps and final_steps must leave some of the {self.total_steps} total_steps for pruning; "
+                f"found {self.initial_steps} + {self.final_steps}"
+            )
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """The names of the ranks."""
+        return names_of(self.ranks)
+
+    @property
+    def dropout_rate(self) -> float:
+        """Of the dropout on the input of the branch."""
+        return self.dropout
+
+    def rank_of(self, *names: str) -> int:
+        """r of the weight in a module, or by its other names."""
+        return pattern_value(self.ranks, names, self.rank)
+
+    @property
+    def scaling(self) -> float:
+        """s: by the rank at the start."""
+        return (self.rank if self.alpha is None else self.alpha) / (self.rank + 1e-5)
+
+
+def init(key: Array, site: Site, spec: AdaLoRA, weight: Array, dtype: jnp.dtype) -> Leaves:
+    """`a` (*batch, *contracted, r) and `b` (*batch, r, *output), N(0, 0.02²), and `e` (*batch, r), zero."""
+    kernel, rank = site.kernel, site.rank
+    key_a, key_b = jax.random.split(key)
+    a = jax.random.normal(key_a, (*kernel.batch_shape, *kernel.sizes(kernel.contracted), rank), dtype)
+    b = jax.random.normal(key_b, (*kernel.batch_shape, rank, *kernel.sizes(kernel.output)), dtype)
+    return {"a": 0.02 * a, "b": 0.02 * b, "e": jnp.zeros((*kernel.batch_shape, rank), dtype)}
+
+
+def constant(spec: AdaLoRA, site: Site) -> Leaves:
+    """`scaling` (*batch,): s of each matrix; 0 where `layers` leaves a slice of a stack alone."""
+    return {"scaling": jnp.asarray(site.chosen * np.float32(spec.scaling))}
+
+
+def matrices(leaves: Leaves, kernel: Kernel) -> Leaves:
+    """A (*batch, in, r), B (*batch, r, out), E (*batch, r)."""
+    return lora.matrices(leaves, kernel)
+
+
+def as_lora(leaves: Leaves) -> Leaves:
+    """The same change as a LoRA's: A diag(E) for A."""
+    return {"a": leaves["a"] * leaves["e"][..., None, :], "b": leaves["b"], "scaling": leaves["scaling"]}
+
+
+def delta(leaves: Leaves) -> Array:
+    """ΔW = s A diag(E) B, (*batch, in, out)."""
+    return lora.delta(as_lora(leaves))
+
+
+def transform(w: Array, leaves: Leaves) -> Array:
+    """W' = W + s A diag(E) B."""
+    return w + delta(leaves)
+
+
+def product(x: Array, y: Array, w: Weights, leaves: Leaves, *, forward_mode: bool) -> Array:
+    """y = x W + s (x A diag(E)) B."""
+    return lora.product(x, y, w, as_lora(leaves), forward_mode=forward_mode)
+
+
+def lookup(take: Callable[[Array], Array], y: Array, w: Weights, leaves: Leaves) -> Array:
+    """As LoRA's."""
+    return lora.lookup(take, y, w, as_lora(leaves))
+
+
+METHOD = Method(
+    transform,
+    matrices,
+    init=init,
+    constant=constant,
+    delta=delta,
+    weighted=lora.weighted,
+    product=product,
+    transposed=lora.transposed,
+    lookup=lookup,
+)
