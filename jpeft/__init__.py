@@ -2,6 +2,9 @@
 
 from importlib import metadata as _metadata
 
+from jpeft.adalora import adalora as adalora
+from jpeft.adalora import prune as prune
+from jpeft.adalora import ranks as ranks
 from jpeft.adapter import Adapter as Adapter
 from jpeft.adapter import Count as Count
 from jpeft.adapter import count as count
@@ -25,6 +28,7 @@ from jpeft.methods.adalora import AdaLoRA as AdaLoRA
 from jpeft.methods.dora import DoRA as DoRA
 from jpeft.methods.ia3 import IA3 as IA3
 from jpeft.methods.lora import LoRA as LoRA
+from jpeft.penalty import penalty as penalty
 from jpeft.save import load as load
 from jpeft.save import save as save
 

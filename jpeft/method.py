@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax.numpy as jnp
@@ -73,6 +73,7 @@ class Method(NamedTuple):
       lookup: the fast path through an embedding's lookup or a convolution.
       bias: `leaves -> (*batch, out)`, what is added to the layer's result, or None.
       scales: of a method that only scales the input and the result, the layer's bias included.
+      penalty: `[leaves of each site] -> scalar`, what the method adds to the loss, or None.
       alone: the method can't share a weight with another adapter.
     """
 
@@ -87,4 +88,5 @@ class Method(NamedTuple):
     lookup: Lookup | None = None
     bias: Callable[[Leaves], Array | None] = lambda leaves: None
     scales: Callable[[Leaves], Scales] | None = None
+    penalty: Callable[[Sequence[Leaves]], Array] | None = None
     alone: bool = False

@@ -71,6 +71,11 @@ class Spec:
         """Of the dropout on the input of the method's branch; 0 where it has none."""
         return 0.0
 
+    @property
+    def penalty_weight(self) -> float:
+        """What the method's penalty is multiplied by."""
+        return 0.0
+
     def rank_of(self, *names: str) -> int:
         """The method's rank at the weight of a module, or by its other names; 0 where it has none."""
         del names

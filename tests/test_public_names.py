@@ -26,6 +26,7 @@ JPEFT = (
     "MergeError",
     "SpecError",
     "WeightsError",
+    "adalora",
     "apply",
     "attach",
     "count",
@@ -35,6 +36,9 @@ JPEFT = (
     "lift",
     "load",
     "merge",
+    "penalty",
+    "prune",
+    "ranks",
     "save",
 )
 

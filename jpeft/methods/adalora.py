@@ -9,7 +9,7 @@ arXiv:2303.10512. s is PEFT's: by the rank at the start, whatever is pruned. `jp
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -104,6 +104,11 @@ class AdaLoRA(Spec):
         """Of the dropout on the input of the branch."""
         return self.dropout
 
+    @property
+    def penalty_weight(self) -> float:
+        """γ, of the orthogonality penalty."""
+        return self.orthogonality
+
     def rank_of(self, *names: str) -> int:
         """r of the weight in a module, or by its other names."""
         return pattern_value(self.ranks, names, self.rank)
@@ -158,6 +163,23 @@ def lookup(take: Callable[[Array], Array], y: Array, w: Weights, leaves: Leaves)
     return lora.lookup(take, y, w, as_lora(leaves))
 
 
+def penalty(group: Sequence[Leaves]) -> Array:
+    """The mean of ‖AᵀA - I‖_F and ‖B Bᵀ - I‖_F over all matrices: how far the factors are from orthogonal."""
+    norms = [_off_identity(gram) for leaves in group for gram in _grams(leaves)]
+    return jnp.concatenate([norm.ravel() for norm in norms]).mean() if norms else jnp.zeros(())
+
+
+def _grams(leaves: Leaves) -> tuple[Array, Array]:
+    a, b = leaves["a"], leaves["b"]
+    return jnp.matmul(a.mT, a, precision="highest"), jnp.matmul(b, b.mT, precision="highest")
+
+
+def _off_identity(gram: Array) -> Array:
+    """‖G - I‖_F, (*batch,); its derivative at zero is zero."""
+    square = jnp.sum((gram - jnp.eye(gram.shape[-1], dtype=gram.dtype)) ** 2, (-2, -1))
+    return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
+
+
 METHOD = Method(
     transform,
     matrices,
@@ -168,4 +190,5 @@ METHOD = Method(
     product=product,
     transposed=lora.transposed,
     lookup=lookup,
+    penalty=penalty,
 )
