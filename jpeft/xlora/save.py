@@ -1,0 +1,122 @@
+"""A mixture as one folder that needs nothing else: `xlora.safetensors` and a file for each expert. Lossless.
+
+`xlora.safetensors` holds the classifier, and in its metadata the spec and the experts' names in order; expert k is in
+`expert-k.safetensors`, so that a name is never part of a path or key, and can be any string.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from jpeft.atomic import write_folder
+from jpeft.errors import AdapterError, JpeftError
+from jpeft.save import load as load_adapter
+from jpeft.save import save as save_adapter
+from jpeft.xlora.classifier import Classifier
+from jpeft.xlora.mixture import Mixture, check_experts, outputs_of
+from jpeft.xlora.spec import XLoRA
+
+FORMAT, MAIN = "jpeft-xlora-1", "xlora.safetensors"
+EXPERT = re.compile(r"expert-\d+\.safetensors")
+
+
+def save(folder: str | os.PathLike[str], mixture: Mixture) -> None:
+    """Writes experts, classifier and spec to a folder, moved into place whole.
+
+    Args:
+      folder: made if need be; an earlier mixture's is replaced, one with other things in it is refused.
+      mixture: any mixture; its arrays are saved in their own dtypes.
+
+    Raises:
+      AdapterError: an array is not finite.
+      JpeftError: the folder holds other things.
+    """
+    tensors = {f"{i}/{n}": np.asarray(leaf) for i, layer in enumerate(mixture.classifier) for n, leaf in layer.items()}
+    for key, tensor in tensors.items():
+        if not np.isfinite(tensor.astype(np.float32)).all():
+            raise AdapterError(f"{key!r} of the classifier holds values that are not finite; nothing was written")
+    metadata = {"format": FORMAT, "spec": json.dumps(asdict(mixture.spec)), "names": json.dumps(mixture.names)}
+
+    def fill(new: Path) -> None:
+        save_file({key: np.ascontiguousarray(tensor) for key, tensor in tensors.items()}, new / MAIN, metadata)
+        for k, name in enumerate(mixture.names):
+            save_adapter(_expert(new, k), mixture.experts[name])
+
+    write_folder(folder, fill, replaceable=lambda name: EXPERT.fullmatch(name) is not None)
+
+
+def load(folder: str | os.PathLike[str]) -> Mixture:
+    """Reads a mixture that `save` wrote.
+
+    Raises:
+      AdapterError: a file is missing or broken, or they don't fit each other; names what was found.
+    """
+    folder = Path(folder)
+    if not (folder / MAIN).is_file():
+        raise AdapterError(f"{folder}: no {MAIN} there; expected a folder that jpeft.xlora.save wrote{_hint(folder)}")
+    try:
+        with safe_open(folder / MAIN, framework="flax") as file:
+            spec, names = _described(file.metadata() or {}, folder / MAIN)
+            tensors = {key: jnp.asarray(file.get_tensor(key)) for key in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise AdapterError(f"{folder / MAIN}: not a whole safetensors file ({error})") from error
+    for k, name in enumerate(names):
+        if not _expert(folder, k).is_file():
+            raise AdapterError(f"{folder}: expert {name!r} is missing; expected it in {_expert(folder, k).name}")
+    experts = {name: load_adapter(_expert(folder, k)) for k, name in enumerate(names)}
+    check_experts(spec, experts)
+    return Mixture(experts, _classifier(tensors, spec, outputs_of(spec, experts), folder / MAIN), spec, names)
+
+
+def _expert(folder: Path, k: int) -> Path:
+    return folder / f"expert-{k}.safetensors"
+
+
+def _hint(folder: Path) -> str:
+    peft = (folder / "adapter_config.json").exists()
+    return "; this is PEFT's: jpeft_interop.load_peft_xlora(folder, params)" if peft else ""
+
+
+def _described(metadata: dict[str, str], file: Path) -> tuple[XLoRA, tuple[str, ...]]:
+    if metadata.get("format") != FORMAT:
+        raise AdapterError(f"{file}: expected format {FORMAT!r}, found {metadata.get('format')!r}")
+    try:
+        found, names = json.loads(metadata["spec"]), json.loads(metadata["names"])
+        spec = XLoRA(**{field.name: found[field.name] for field in fields(XLoRA) if field.name in found})
+        if unknown := set(found) - {field.name for field in fields(XLoRA)}:
+            raise ValueError(f"unknown options {sorted(unknown)}")
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"names {names!r:.200}")
+    except (ValueError, KeyError, TypeError) as error:
+        reason = error if isinstance(error, JpeftError) else repr(error)
+        raise AdapterError(f"{file}: the metadata is not a spec with names: {reason}") from error
+    if len(set(names)) != len(names):
+        raise AdapterError(f"{file}: an expert's name stands there twice: {names}")
+    return spec, tuple(names)
+
+
+def _classifier(tensors: dict[str, Any], spec: XLoRA, outputs: tuple[int, ...], file: Path) -> Classifier:
+    """The layers, with every leaf there, nothing left over, and shapes that follow from each other."""
+    leaves = ("kernel", "bias") if spec.bias else ("kernel",)
+    keys = {f"{i}/{leaf}" for i in range(spec.depth) for leaf in leaves}
+    if set(tensors) != keys:
+        raise AdapterError(f"{file}: expected the tensors {sorted(keys)}, found {sorted(tensors)}")
+    classifier = tuple({leaf: tensors[f"{i}/{leaf}"] for leaf in leaves} for i in range(spec.depth))
+    fan_in = classifier[0]["kernel"].shape[:1]
+    for i, layer in enumerate(classifier):
+        out = outputs if i == spec.depth - 1 else (spec.hidden,)
+        for leaf, wanted in zip(leaves, ((*fan_in, *out), out), strict=False):
+            if layer[leaf].shape != wanted:
+                raise AdapterError(f"{file}: '{i}/{leaf}': expected shape {wanted}, found {layer[leaf].shape}")
+        fan_in = out
+    return classifier
