@@ -1,4 +1,4 @@
-"""What the initialisers share: a LoRA's weights as matrices, its factors put in, and their product taken out of the base.
+"""What the initialisers share: a LoRA's weights as matrices, factors put in, and their product taken out of the base.
 
 Every initialiser sees `W` (*batch, in, out), whatever the weight's own axes are, and gives `A` (*batch, in, r) and `B`
 (*batch, r, out). Where the start `s A B` is not zero, the base loses it, so that the adapted model is the one before:

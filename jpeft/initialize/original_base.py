@@ -42,6 +42,8 @@ def on_original_base(adapter: Adapter, initial: Adapter) -> Adapter:
       >>> bool(jnp.allclose(one, other, atol=1e-6))
       True
     """
+    if type(adapter.spec) is not LoRA:
+        raise SpecError(f"on_original_base is for a jpeft.LoRA; found {type(adapter.spec).__name__}")
     _check_same(adapter, initial)
     spec = _doubled(adapter.spec)
     new = tuple(dataclasses.replace(s, rank=2 * s.rank) if s.method == "lora" else s for s in adapter.sites)
@@ -55,8 +57,6 @@ def on_original_base(adapter: Adapter, initial: Adapter) -> Adapter:
 
 
 def _check_same(adapter: Adapter, initial: Adapter) -> None:
-    if type(adapter.spec) is not LoRA:
-        raise SpecError(f"on_original_base is for a jpeft.LoRA; found {type(adapter.spec).__name__}")
     if adapter.meta != initial.meta:
         raise SpecError(
             "the two adapters differ in more than their trained arrays; give the trained adapter and the one that its "

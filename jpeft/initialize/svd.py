@@ -32,8 +32,11 @@ class SVD(NamedTuple):
 
 
 def svd(m: Array) -> SVD:
-    """All directions, exactly."""
-    return SVD(*jnp.linalg.svd(m, full_matrices=False))
+    """All directions, exactly. The largest entry of each u is positive, so that signs are the same on any machine."""
+    u, s, vh = jnp.linalg.svd(m, full_matrices=False)
+    largest = jnp.take_along_axis(u, jnp.abs(u).argmax(-2, keepdims=True), -2)
+    sign = jnp.where(largest < 0, -1, 1).astype(u.dtype)
+    return SVD(u * sign, s, vh * sign.mT)
 
 
 def randomized_svd(key: Array, m: Array, k: int, niter: int) -> SVD:
