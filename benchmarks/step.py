@@ -1,6 +1,6 @@
 """What does a training step with an adapter cost, over the frozen model's own?
 
-    python benchmarks/step.py [--rank 8] [--rounds 9]
+    python benchmarks/step.py [--rank 8] [--rounds 9] [--rows floor lora dora ...]
 
 The floor is the frozen base: forward, and backward through the activations only. All rows are compiled by one
 process and timed in turns; ratios are to the floor of the same round, their median and their 10th to 90th percentile.
@@ -24,15 +24,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rows", nargs="*", help="which rows beside the floor; all if not given")
     options = parser.parse_args()
 
     model = LM()
     tokens = jax.random.randint(jax.random.key(0), (4, 256), 0, model.vocab)
     params = model.init(jax.random.key(1), tokens)["params"]
     kernels = jpeft.kernels(model.apply, {"params": params}, tokens)
-    adapter = jpeft.init(jax.random.key(2), jpeft.LoRA(options.rank, alpha=2 * options.rank), params, kernels=kernels)
     noise = lambda leaf: leaf + 0.01 * jax.random.normal(jax.random.key(3), leaf.shape)
-    adapter = adapter.replace(trained=jax.tree.map(noise, adapter.trained))
+
+    def trained(spec):
+        adapter = jpeft.init(jax.random.key(2), spec, params, kernels=kernels)
+        return adapter.replace(trained=jax.tree.map(noise, adapter.trained))
+
+    rank, alpha = options.rank, 2 * options.rank
+    lora = trained(jpeft.LoRA(rank, alpha))
+    dora = trained(jpeft.DoRA(rank, alpha))
+    adalora = trained(jpeft.AdaLoRA(rank, rank // 2, alpha))
+    ia3 = trained(jpeft.IA3())
 
     def loss(forward, params):
         logits = forward({"params": params}, tokens)[:, :-1]
@@ -44,20 +53,24 @@ def main() -> None:
         return loss(model.apply, params | {"embed": embed})
 
     lifted, with_jvp = jpeft.lift(model.apply), jpeft.lift(model.apply, forward_mode=True)
+    by = lambda forward, adapter: (
+        lambda t, p: loss(forward, jpeft.attach(p, adapter.replace(trained=t))),
+        adapter.trained,
+    )
     rows = {
         "floor": (floor, jnp.zeros((1, model.d))),
-        "lift": (lambda t, p: loss(lifted, jpeft.attach(p, adapter.replace(trained=t))), adapter.trained),
-        "lift, forward mode": (
-            lambda t, p: loss(with_jvp, jpeft.attach(p, adapter.replace(trained=t))),
-            adapter.trained,
-        ),
-        "apply": (lambda t, p: loss(model.apply, jpeft.apply(p, adapter.replace(trained=t))), adapter.trained),
+        "lora": by(lifted, lora),
+        "lora, forward mode": by(with_jvp, lora),
+        "dora": by(lifted, dora),
+        "adalora": by(lifted, adalora),
+        "ia3": by(lifted, ia3),
+        "lora, apply": (lambda t, p: loss(model.apply, jpeft.apply(p, lora.replace(trained=t))), lora.trained),
+        "dora, apply": (lambda t, p: loss(model.apply, jpeft.apply(p, dora.replace(trained=t))), dora.trained),
     }
+    rows = {name: row for name, row in rows.items() if name == "floor" or name in (options.rows or rows)}
     steps = {name: (compiled(function, theta, params), theta) for name, (function, theta) in rows.items()}
     times = measured(steps, params, options.rounds)
-    print(
-        f"{jax.devices()[0].device_kind}, {platform.machine()}, jax {jax.__version__}; {jpeft.count(params, adapter)}"
-    )
+    print(f"{jax.devices()[0].device_kind}, {platform.machine()}, jax {jax.__version__}; {jpeft.count(params, lora)}")
     report(steps, times)
 
 

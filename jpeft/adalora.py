@@ -108,9 +108,9 @@ def adalora(inner: optax.GradientTransformation, adapter: Adapter) -> optax.Grad
 
     def init(trained: Part) -> AdaLoRAState:
         factors = {site.path: trained[site.path] for site in sites}
-        zeros = jax.tree.map(jnp.zeros_like, factors)
+        zeros = lambda: jax.tree.map(jnp.zeros_like, factors)  # of its own for each: steps donate their state
         masks = {path: jnp.ones(leaves["e"].shape, bool) for path, leaves in factors.items()}
-        return AdaLoRAState(inner.init(trained), jnp.zeros((), jnp.int32), zeros, zeros, masks)
+        return AdaLoRAState(inner.init(trained), jnp.zeros((), jnp.int32), zeros(), zeros(), masks)
 
     def update(gradients: Part, state: AdaLoRAState, trained: Part | None = None) -> tuple[Part, AdaLoRAState]:
         if trained is None:

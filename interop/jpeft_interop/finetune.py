@@ -16,17 +16,23 @@ from rich.console import Console
 import jpeft
 from jpeft.atomic import write_file
 from jpeft.errors import JpeftError
+from jpeft.spec import Spec
 from jpeft_interop import data, train
 from jpeft_interop.base import CLASSIFICATION, TASKS, Base, load_base
-from jpeft_interop.load_model import hf_folder
+from jpeft_interop.load_model import hf_folder, read_config
+from jpeft_interop.method_defaults import for_run
 from jpeft_interop.metrics import MetricsLog
-from jpeft_interop.plot import plot_loss
+from jpeft_interop.plot import plot_loss, plot_ranks
 from jpeft_interop.progress import watched
 from jpeft_interop.save_peft import save_peft
 from jpeft_interop.snapshots import Snapshots, discard, fingerprint, fingerprint_of_rows
 from jpeft_interop.tokenizer import Tokenizer, load_tokenizer
 
-ADAPTER, METRICS, PLOT, LABELS, SNAPSHOTS = "adapter", "metrics.jsonl", "loss.png", "labels.json", "checkpoints"
+ADAPTER, METRICS, LABELS, SNAPSHOTS = "adapter", "metrics.jsonl", "labels.json", "checkpoints"
+PLOT, RANKS = "loss.png", "ranks.png"
+
+
+RATES = {"lora": 5e-4, "dora": 5e-4, "adalora": 2e-3, "ia3": 5e-3}  # the highest learning rate, if none is given
 
 
 class SettingsError(JpeftError):
@@ -38,9 +44,10 @@ class Settings:
     """How to fine-tune.
 
     Attributes:
-      spec: the adapter.
+      spec: the adapter. An AdaLoRA without `total_steps` gets a schedule for the run; an IA³ of `all-linear` gets the
+        targets that are usual for the model.
       task: `causal-lm` or `classification`.
-      lr: the highest learning rate.
+      lr: the highest learning rate; `RATES` by method if None.
       warmup: the share of the steps in which it rises.
       weight_decay: of AdamW, on the adapter.
       clip: the norm that gradients are clipped to.
@@ -57,9 +64,9 @@ class Settings:
       remat: save memory by computing again.
     """
 
-    spec: jpeft.LoRA
+    spec: Spec
     task: str = "causal-lm"
-    lr: float = 5e-4
+    lr: float | None = None
     warmup: float = 0.05
     weight_decay: float = 0.0
     clip: float = 1.0
@@ -78,6 +85,8 @@ class Settings:
     def __post_init__(self) -> None:
         if self.task not in TASKS:
             raise SettingsError(f"task must be one of {', '.join(TASKS)}; found {self.task!r}")
+        if self.lr is None:
+            object.__setattr__(self, "lr", RATES[self.spec.method])
         for name in ("lr", "clip", "epochs", "batch_size", "accumulate", "save_every"):
             if not getattr(self, name) > 0:
                 raise SettingsError(f"{name} must be above 0; found {getattr(self, name)!r}")
@@ -129,8 +138,8 @@ def finetune(
         examples = _examples(file, tokenizer, settings)
     with console.status("Loading the model …"):
         base = _base(model, settings, examples.labels)
-        adapter = _adapter(base, settings, examples.rows)
-    steps = _steps(settings, examples.rows)
+        steps = _steps(settings, examples.rows)
+        adapter = _adapter(base, settings, examples.rows, steps)
     console.print(f"{jpeft.count(base.params, adapter)}", highlight=False)
     console.print(_what(examples, steps, settings), highlight=False)
     if not resume:
@@ -159,9 +168,10 @@ def _base(model: str | Path, settings: Settings, labels: data.Labels | None) -> 
     return load_base(model, TASKS[settings.task], dtype=settings.dtype, labels=count, key=key)
 
 
-def _adapter(base: Base, settings: Settings, rows: data.Rows) -> jpeft.Adapter:
+def _adapter(base: Base, settings: Settings, rows: data.Rows, steps: int) -> jpeft.Adapter:
     """A classifier's head is new, so it is trained whole."""
-    spec = dataclasses.replace(settings.spec, modules_to_save=(*settings.spec.modules_to_save, *base.heads))
+    spec = for_run(settings.spec, read_config(base.folder)["model_type"], steps)
+    spec = dataclasses.replace(spec, modules_to_save=(*spec.modules_to_save, *base.heads))
     kernels = jpeft.kernels(lambda params, ids: base.forward(params, ids).logits, base.params, rows["input_ids"][:2])
     return jpeft.init(jax.random.key(settings.seed), spec, base.params, kernels=kernels)
 
@@ -182,9 +192,11 @@ def _what(examples: _Examples, steps: int, settings: Settings) -> str:
 def _train(
     base: Base, adapter: jpeft.Adapter, examples: _Examples, steps: int, settings: Settings, out: Path, console: Console
 ) -> tuple[train.State, MetricsLog]:
-    optimizer = train.adamw(
+    assert settings.lr is not None
+    adamw = train.adamw(
         settings.lr, steps, warmup=settings.warmup, clip=settings.clip, weight_decay=settings.weight_decay
     )
+    optimizer = train.budgeted(adamw, adapter)
     batches = data.shuffled(examples.rows, settings.batch_size, settings.seed)
     state = train.start(adapter, optimizer, jax.random.fold_in(jax.random.key(settings.seed), 2))
     score = _scorer(base, examples, settings, console)
@@ -200,6 +212,8 @@ def _train(
             log.step(metrics)
             if log.done % settings.save_every == 0 or log.done == steps:
                 snapshots.save(state, batches)
+                if isinstance(adapter.spec, jpeft.AdaLoRA):
+                    log.ranks(jpeft.ranks(state.adapter))
         log.held_out(steps, lambda: score(state.adapter))
     return state, log
 
@@ -230,10 +244,13 @@ def _run(base: Base, adapter: jpeft.Adapter, examples: _Examples, steps: int, se
 
 
 def _write(out: Path, state: train.State, base: Base, examples: _Examples, log: MetricsLog) -> None:
-    folder = str(base.folder)
-    save_peft(out / ADAPTER, state.adapter, params=base.params, base_model=folder, task_type=base.task.peft)
+    folder, adapter = str(base.folder), state.adapter
+    if isinstance(adapter.spec, jpeft.AdaLoRA):
+        plot_ranks(out / RANKS, jpeft.ranks(adapter), f"AdaLoRA on {base.folder.name}: the rank of each kernel")
+        adapter = jpeft.prune(adapter)
+    save_peft(out / ADAPTER, adapter, params=base.params, base_model=folder, task_type=base.task.peft)
     held_out = {step: score.loss for step, score in log.scores.items()}
-    plot_loss(out / PLOT, log.losses, held_out, f"LoRA on {base.folder.name}")
+    plot_loss(out / PLOT, log.losses, held_out, f"{type(adapter.spec).__name__} on {base.folder.name}")
     if examples.labels is not None:
         names = {"id2label": examples.labels.id2label, "label2id": examples.labels.label2id}
         text = json.dumps(names, indent=2) + "\n"

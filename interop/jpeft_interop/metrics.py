@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from jpeft_interop.train import Metrics, Score
 
-STEP, HELD_OUT = "training", "held out"
+STEP, HELD_OUT, RANKS = "training", "held out", "ranks"
 
 
 class MetricsLog:
@@ -39,9 +39,14 @@ class MetricsLog:
     def step(self, metrics: Metrics) -> None:
         """Notes the next step."""
         self.done += 1
-        figures = {field.name: getattr(metrics, field.name).item() for field in dataclasses.fields(metrics)}
+        values = {field.name: getattr(metrics, field.name) for field in dataclasses.fields(metrics)}
+        figures = {name: value.item() for name, value in values.items() if value is not None}
         self.losses.append(figures["loss"])
         self._append({"kind": STEP, "step": self.done, **figures})
+
+    def ranks(self, ranks: Mapping[str, Any]) -> None:
+        """Notes the rank of each kernel after the last step."""
+        self._append({"kind": RANKS, "step": self.done, "ranks": {path: one.tolist() for path, one in ranks.items()}})
 
     def held_out(self, step: int, score: Callable[[], Score | None]) -> None:
         """Notes the score after so many steps, unless it is noted already, or there is none."""

@@ -47,7 +47,8 @@ def watched(
                 raise TrainingError(
                     f"step {number}: the loss is {metrics.loss}; lower the learning rate, or look at the data"
                 )
-            line.show(number, float(metrics.loss), int(metrics.tokens))
+            rank = None if metrics.rank is None else int(metrics.rank)
+            line.show(number, float(metrics.loss), int(metrics.tokens), rank)
             yield state, metrics
 
 
@@ -69,13 +70,13 @@ class _Line:
         self.console, self.total, self.first = console, total, done + 1
         self.loss, self.tokens, self.begun = 0.0, 0, 0.0
 
-    def show(self, number: int, loss: float, tokens: int) -> None:
+    def show(self, number: int, loss: float, tokens: int, rank: int | None) -> None:
         if number == self.first:
             self.loss, self.begun = loss, time.monotonic()
         else:
             self.loss = SMOOTHING * self.loss + (1 - SMOOTHING) * loss
             self.tokens += tokens
-        figures = self.figures(number)
+        figures = self.figures(number) + (f"  {rank} ranks" if rank is not None else "")
         self.progress.update(self.task, completed=number, figures=figures)
         if not self.console.is_terminal and (number == self.total or number % max(1, self.total // 10) == 0):
             self.console.print(f"step {number}/{self.total}  {figures}", highlight=False)

@@ -78,6 +78,7 @@ class Metrics:
       grad_norm: the gradient's norm, before it is clipped.
       labels: how many labels there were.
       tokens: how many tokens were read, padding apart.
+      rank: directions in use, all kernels together, where the method shares ranks out (AdaLoRA); else None.
     """
 
     loss: Array
@@ -85,6 +86,7 @@ class Metrics:
     grad_norm: Array
     labels: Array
     tokens: Array
+    rank: Array | None = None
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,11 @@ def adamw(
     # From a first part of it, not from 0, which would make the first step none at all.
     rate = optax.warmup_cosine_decay_schedule(lr / rising, lr, rising, max(rising + 1, steps))
     return optax.chain(optax.clip_by_global_norm(clip), optax.adamw(rate, weight_decay=weight_decay))
+
+
+def budgeted(optimizer: optax.GradientTransformation, adapter: jpeft.Adapter) -> optax.GradientTransformation:
+    """The optimizer, with AdaLoRA's budget around it where the adapter is one."""
+    return jpeft.adalora(optimizer, adapter) if isinstance(adapter.spec, jpeft.AdaLoRA) else optimizer
 
 
 def start(adapter: jpeft.Adapter, optimizer: optax.GradientTransformation, key: Array) -> State:
@@ -203,11 +210,19 @@ def _updated(
 ) -> tuple[State, Metrics]:
     """The next state, from gradients of the summed loss: the mean over labels is taken once, over the whole batch."""
     labels = jnp.maximum(tally.labels, 1)
-    gradient = jax.tree.map(lambda g: g / labels.astype(g.dtype), summed)
+    penalty = jax.grad(lambda trained: jpeft.penalty(state.adapter.replace(trained=trained)))(state.adapter.trained)
+    gradient = jax.tree.map(lambda g, p: g / labels.astype(g.dtype) + p, summed, penalty)
     updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.adapter.trained)
     trained = optax.apply_updates(state.adapter.trained, updates)
-    metrics = Metrics(tally.loss / labels, tally.right / labels, optax.tree.norm(gradient), tally.labels, tokens)
-    return State(state.adapter.replace(trained=trained), optimizer_state, state.step + 1, state.key), metrics
+    adapter = state.adapter.replace(trained=trained)
+    norm, rank = optax.tree.norm(gradient), _rank(adapter)
+    metrics = Metrics(tally.loss / labels, tally.right / labels, norm, tally.labels, tokens, rank)
+    return State(adapter, optimizer_state, state.step + 1, state.key), metrics
+
+
+def _rank(adapter: jpeft.Adapter) -> Array | None:
+    singular = [leaves["e"] for leaves in adapter.trained.values() if "e" in leaves]
+    return sum(map(jnp.count_nonzero, singular), jnp.zeros((), jnp.int32)) if singular else None
 
 
 def run(

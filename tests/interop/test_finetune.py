@@ -193,3 +193,54 @@ def test_what_is_wrong_is_one_line(row, place, capsys, monkeypatch):
     code, err = told(capsys, monkeypatch, "finetune", *arguments, "--out", place / "bad", "--seq-len", 8)
     assert code == 1 and message in err and err.count("\n") == 1 and err.startswith("jpeft: ")
     assert not (place / "bad").exists()
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("method", ["dora", "ia3", "adalora"])
+def test_every_method_is_trained_and_read_by_peft(method, place):
+    out = place / method
+    options = [
+        "--steps",
+        "8",
+        "--save-every",
+        "4",
+        "--batch-size",
+        "2",
+        "--seq-len",
+        "8",
+        "--holdout",
+        "0.2",
+        "--lr",
+        "0.05",
+    ]
+    rank = [] if method == "ia3" else ["--rank", "2"]
+    result = run(*[place / "llama", "--data", place / "notes.txt", "--out", out, "--method", method], *options, *rank)
+    assert result.exit_code == 0, result.output
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    first, last = (row for row in rows if row["kind"] == "held out")
+    assert last["loss"] < first["loss"]
+    assert json.loads((out / "adapter" / "adapter_config.json").read_text())["peft_type"] == METHOD_TYPES[method]
+    difference, effect = agreement(place / "llama", out)
+    assert difference < 1e-4 < 0.01 < effect
+    if method == "adalora":
+        ranks = [row["rank"] for row in rows if row["kind"] == "training"]
+        assert ranks[-1] <= 2 * len(last_ranks(rows)) < ranks[0]
+        assert sum(last_ranks(rows).values()) == ranks[-1]
+        assert (out / "ranks.png").read_bytes().startswith(b"\x89PNG")
+
+
+METHOD_TYPES = {"dora": "LORA", "ia3": "IA3", "adalora": "ADALORA"}
+
+
+def last_ranks(rows):
+    return [row["ranks"] for row in rows if row["kind"] == "ranks"][-1]
+
+
+def test_options_of_another_method_are_refused(place):
+    command = [place / "llama", "--data", place / "notes.txt", "--out", place / "none"]
+    for options, word in (
+        (["--method", "ia3", "--alpha", 3], "--alpha has no meaning with --method ia3"),
+        (["--method", "dora", "--initial-rank", 3], "--initial-rank has no meaning with --method dora"),
+    ):
+        result = run(*command, *options)
+        assert result.exit_code == 2 and word in " ".join(result.output.replace("│", " ").split())

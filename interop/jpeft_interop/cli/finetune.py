@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
-from typer import Exit, Option
+from typer import BadParameter, Exit, Option
 
 from jpeft_interop.cli.arguments import ModelArgument, require_model
+
+if TYPE_CHECKING:
+    from jpeft.spec import Spec
 
 ADAPTER, TRAINING, DATA, RUN = "The adapter", "Training", "Data", "The run"
 
@@ -18,6 +21,15 @@ class Task(StrEnum):
 
     causal_lm = "causal-lm"
     classification = "classification"
+
+
+class Method(StrEnum):
+    """How weights are adapted."""
+
+    lora = "lora"
+    dora = "dora"
+    adalora = "adalora"
+    ia3 = "ia3"
 
 
 class Dtype(StrEnum):
@@ -45,19 +57,38 @@ def finetune(
     whole_txt: Annotated[
         bool, Option("--whole-txt", help="A .txt is one document, not parted by blank lines.", rich_help_panel=DATA)
     ] = False,
-    rank: Annotated[int, Option(min=0, help="LoRA's rank r.", rich_help_panel=ADAPTER)] = 8,
-    alpha: Annotated[float | None, Option(help="LoRA's alpha.", show_default="2 r", rich_help_panel=ADAPTER)] = None,
+    method: Annotated[
+        Method, Option(help="How: low-rank (lora, dora, adalora) or by scaling (ia3).", rich_help_panel=ADAPTER)
+    ] = Method.lora,
+    rank: Annotated[
+        int, Option(min=0, help="The rank r; of adalora, the mean rank at the end.", rich_help_panel=ADAPTER)
+    ] = 8,
+    initial_rank: Annotated[
+        int | None,
+        Option(min=1, help="Of adalora: every kernel's at the start.", show_default="1.5 r", rich_help_panel=ADAPTER),
+    ] = None,
+    alpha: Annotated[
+        float | None, Option(help="The scaling's numerator.", show_default="2 r", rich_help_panel=ADAPTER)
+    ] = None,
     targets: Annotated[
         str,
         Option(
-            help="all-linear, names with commas (q_proj,v_proj), or a regex of the whole path.", rich_help_panel=ADAPTER
+            help="all-linear, names with commas (q_proj,v_proj), or a regex of the whole path. "
+            "ia3 takes what is usual for the model.",
+            show_default="all-linear",
+            rich_help_panel=ADAPTER,
         ),
     ] = "all-linear",
     dropout: Annotated[float, Option(help="On the input of the branch.", rich_help_panel=ADAPTER)] = 0.0,
     rslora: Annotated[bool, Option("--rslora", help="Scale by alpha / sqrt(r).", rich_help_panel=ADAPTER)] = False,
     lr: Annotated[
-        float, Option(help="The highest learning rate; it warms up, then falls.", rich_help_panel=TRAINING)
-    ] = 5e-4,
+        float | None,
+        Option(
+            help="The highest learning rate; it warms up, then falls.",
+            show_default="5e-4; adalora 2e-3, ia3 5e-3",
+            rich_help_panel=TRAINING,
+        ),
+    ] = None,
     epochs: Annotated[float, Option(help="Passes over the data.", rich_help_panel=TRAINING)] = 1.0,
     steps: Annotated[
         int | None, Option(min=1, help="Instead of --epochs.", show_default=False, rich_help_panel=TRAINING)
@@ -80,10 +111,10 @@ def finetune(
         bool, Option(help="Go on with an interrupted run in --out, or drop it and begin anew.", rich_help_panel=RUN)
     ] = True,
 ) -> None:
-    """Train a LoRA adapter on your data, and write it as a PEFT folder.
+    """Train an adapter on your data, and write it as a PEFT folder.
 
-    OUT gets adapter/ (PEFT, transformers and vLLM read it), metrics.jsonl,
-    loss.png and checkpoints/. The same command, given again after an
+    OUT gets adapter/ (PEFT and transformers read it; a LoRA, vLLM too),
+    metrics.jsonl, loss.png (of adalora, ranks.png) and checkpoints/. The same command, given again after an
     interruption, goes on where it was, to the same result bit for bit.
 
     [bold]Examples[/]
@@ -92,22 +123,17 @@ def finetune(
 
       jpeft finetune SmolLM2 --data chats.jsonl --out run --rank 16
 
+      jpeft finetune SmolLM2 --data notes.txt --out run --method dora
+
       jpeft finetune MiniLM --data reviews.csv --task classification --out run
     """
     require_model(model)
     from rich.console import Console
 
-    import jpeft
     from jpeft_interop.finetune import Settings
     from jpeft_interop.finetune import finetune as run
 
-    spec = jpeft.LoRA(
-        rank=rank,
-        alpha=2 * rank if alpha is None else alpha,
-        targets=_targets(targets),
-        dropout=dropout,
-        rank_stabilized=rslora,
-    )
+    spec = _spec(method, rank, initial_rank, alpha, targets, dropout, rslora)
     settings = Settings(
         spec,
         task=task.value,
@@ -137,6 +163,39 @@ def finetune(
             figures = f"loss {score.loss:.3f}  {perplexity}accuracy {score.accuracy:.1%}"
             console.print(f"held out, {name:6}  {figures}", highlight=False)
     console.print(f"[green]✓[/] {out / 'adapter'}", highlight=False, soft_wrap=True)
+
+
+def _spec(
+    method: Method,
+    rank: int,
+    initial_rank: int | None,
+    alpha: float | None,
+    targets: str,
+    dropout: float,
+    rslora: bool,
+) -> Spec:
+    """The spec that the options mean.
+
+    Raises:
+      BadParameter: an option of another method.
+    """
+    import jpeft
+
+    allowed = {"--dropout": method is not Method.ia3, "--rslora": method in (Method.lora, Method.dora)}
+    given = {"--dropout": dropout, "--rslora": rslora, "--initial-rank": initial_rank, "--alpha": alpha}
+    allowed |= {"--initial-rank": method is Method.adalora, "--alpha": method is not Method.ia3}
+    for option, value in given.items():
+        if value and not allowed[option]:
+            raise BadParameter(f"{option} has no meaning with --method {method.value}")
+    alpha = 2 * rank if alpha is None else alpha
+    where: Any = {"targets": _targets(targets)}
+    if method is Method.ia3:
+        return jpeft.IA3(**where)
+    if method is Method.adalora:
+        start = max(rank + 1, rank * 3 // 2) if initial_rank is None else initial_rank
+        return jpeft.AdaLoRA(rank=start, target_rank=rank, alpha=alpha, dropout=dropout, **where)
+    kind = jpeft.DoRA if method is Method.dora else jpeft.LoRA
+    return kind(rank=rank, alpha=alpha, dropout=dropout, rank_stabilized=rslora, **where)
 
 
 def _targets(text: str) -> str | list[str]:
