@@ -1,5 +1,6 @@
 """What every method has to obey. A new method adds a row to `SPECS`, and its geometry is tried for it."""
 
+import dataclasses
 import operator
 
 import jax
@@ -18,6 +19,9 @@ SPECS = {
     "lora-bias": jpeft.LoRA(rank=2, targets=["dense"], bias="all"),
     "lora-saved": jpeft.LoRA(rank=2, targets=["dense", "attention"], modules_to_save=["head"]),
     "lora-rank-0": jpeft.LoRA(rank=0, targets=".*"),
+    "dora": jpeft.DoRA(rank=2, alpha=3, targets=".*"),
+    "adalora": jpeft.AdaLoRA(rank=3, target_rank=2, alpha=5, targets=".*"),
+    "ia3": jpeft.IA3(targets=".*", feedforward=["attention", "conv"]),
 }
 
 KERNELS = jpeft.Kernels(
@@ -66,16 +70,18 @@ def minus(left, right):
 
 def test_every_method_is_tried():
     tried = {site.method for spec in SPECS.values() for site in fresh(spec, base()).sites}
-    assert tried == set(METHODS)
+    assert tried | {"routed"} == set(METHODS), "routing is no method of a spec: tests/test_gates.py"
 
 
 def test_a_new_adapter_changes_nothing(spec, params):
-    adapter = fresh(spec, params)
-    jax.tree.map(np.testing.assert_array_equal, jpeft.apply(params, adapter), params)
+    """Exactly; of DoRA, whose W / ‖W‖ · ‖W‖ is rounded, to one step of the params' dtype."""
+    step = float(jnp.finfo(params["norm"]["bias"].dtype).eps) if spec.method == "dora" else 0
+    same = lambda found, base: np.testing.assert_allclose(np.float32(found), np.float32(base), rtol=step)
+    jax.tree.map(same, jpeft.apply(params, fresh(spec, params)), params)
 
 
 def test_a_trained_one_does(spec, params):
-    if spec.rank:
+    if spec.rank_of("") or spec.method == "ia3":
         assert size_of(minus(jpeft.apply(params, perturbed(fresh(spec, params))), params)) > 1
 
 
@@ -89,7 +95,7 @@ def test_tree_shapes_and_dtypes_stay(spec, params):
 def test_only_the_adapted_weights_change(spec, params):
     new = jpeft.apply(params, perturbed(fresh(spec, params)))
     paths = {site.path for site in fresh(spec, params).sites}
-    paths |= {"dense/bias"} if spec.factor_bias else set()
+    paths |= {"dense/bias"} if spec.method == "ia3" or getattr(spec, "factor_bias", False) else set()
     for module, leaves in params.items():
         for name, leaf in leaves.items():
             if f"{module}/{name}" not in paths:
@@ -151,11 +157,15 @@ def test_what_adds_does_not_depend_on_the_base(spec):
 def test_several_add_up_and_their_order_is_nothing(spec):
     params = base()
     a, b = perturbed(fresh(spec, params), 1), perturbed(fresh(spec, params, 1), 2)
-    if any(METHODS[site.method].delta is None for site in a.sites):
+    close = lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5)
+    if any(METHODS[site.method].alone for site in a.sites):
         with pytest.raises(jpeft.SpecError, match="replaced whole by one of 2 adapters"):
             jpeft.apply(params, [a, b])
         return
-    close = lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5)
+    if spec.method == "ia3":  # scalings multiply
+        jax.tree.map(close, jpeft.apply(params, [a, b]), jpeft.apply(jpeft.apply(params, a), b))
+        jax.tree.map(close, jpeft.apply(params, [b, a]), jpeft.apply(params, [a, b]))
+        return
     each = jax.tree.map(lambda x, y, w: x + y - w, jpeft.apply(params, a), jpeft.apply(params, b), params)
     jax.tree.map(close, jpeft.apply(params, [a, b]), each)
     jax.tree.map(close, jpeft.apply(params, {"b": b, "a": a}), each)
@@ -167,9 +177,9 @@ def test_values_do_not_depend_on_the_other_targets(spec):
     for site in all_of_them.sites:
         if site.method == "replacement" or not spec.targets:
             continue
-        alone = jpeft.LoRA(
-            rank=spec.rank, targets=[site.path.split("/")[0]], init=spec.init, factor_bias=spec.factor_bias
-        )
+        alone = dataclasses.replace(spec, targets=[site.path.split("/")[0]], bias="none", modules_to_save=())
+        if spec.method == "ia3":
+            alone = dataclasses.replace(alone, feedforward=".*" if spec.is_feedforward(site.path) else ())
         jax.tree.map(
             np.testing.assert_array_equal, fresh(alone, params).trained[site.path], all_of_them.trained[site.path]
         )
@@ -179,14 +189,15 @@ def test_another_key_another_adapter(spec):
     params = base()
     same, other = fresh(spec, params), fresh(spec, params, seed=1)
     jax.tree.map(np.testing.assert_array_equal, fresh(spec, params), same)
-    assert size_of(minus(same.trained, other.trained)) > 0 or not spec.rank
+    drawn = spec.method != "ia3" and spec.rank_of("") > 0
+    assert (size_of(minus(same.trained, other.trained)) > 0) == drawn
 
 
 def test_shapes_are_enough(spec):
     """ShapeDtypeStructs give the same structure, where nothing is copied."""
     params = base()
     shapes = jax.eval_shape(lambda: params)
-    if any(site.method == "replacement" for site in fresh(spec, params).sites):
+    if any(site.method in ("replacement", "dora") for site in fresh(spec, params).sites):
         with pytest.raises(jpeft.KernelError, match="found a ShapeDtypeStruct, give arrays"):
             fresh(spec, shapes)
     else:
