@@ -27,7 +27,17 @@ from jpeft.algebra import sparsify
 from jpeft.algebra.ia3 import combine_ia3
 from jpeft.algebra.sparsify import MajoritySign
 from jpeft.algebra.svd import factors, svd, thin_svd
-from jpeft.algebra.terms import Part, Term, check_lora, check_same_kernel, lora_from, same_targets, term, union_of_layers
+from jpeft.algebra.terms import (
+    Part,
+    Term,
+    check_lora,
+    check_same_kernel,
+    lora_from,
+    lora_site,
+    same_targets,
+    term,
+    union_of_layers,
+)
 from jpeft.effects import Weighted, weighted_adapters
 from jpeft.errors import KernelError, SpecError
 from jpeft.methods.ia3 import IA3
@@ -180,13 +190,8 @@ def _part(path: str, group: Sequence[tuple[Site, Term, Array]], how: _How) -> Pa
     else:
         a, b = _by_factor(path, terms, weights, how)
     bias = _bias(path, terms, weights, how)
-    new = site_with(site, a.shape[-1], union_of_layers(site for site, *_ in acting))
+    new = lora_site(site, a.shape[-1], union_of_layers(site for site, *_ in acting))
     return Part(new, a, b, bias, dtype)
-
-
-def site_with(site: Site, rank: int, layers: tuple[int, ...] | None) -> Site:
-    """The same weight with a LoRA of another rank."""
-    return Site(site.path, "lora", site.kernel, rank, layers, site.use)
 
 
 def _bias(path: str, terms: Sequence[Term], weights: Sequence[Array], how: _How) -> Array | None:

@@ -40,9 +40,7 @@ def random(key: Array, x: Array, density: float) -> Array:
 
 def weighted_sum(tensors: Sequence[Array], weights: Sequence[Array]) -> Array:
     """Σ w_i x_i, with weights (*batch,)."""
-    return sum(
-        (_in_front(w) * x for w, x in zip(weights, tensors, strict=True)), start=jnp.zeros_like(tensors[0])
-    )
+    return sum((_in_front(w) * x for w, x in zip(weights, tensors, strict=True)), start=jnp.zeros_like(tensors[0]))
 
 
 def elected_mean(tensors: Sequence[Array], weights: Sequence[Array], sign: MajoritySign = "total") -> Array:

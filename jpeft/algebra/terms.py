@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ from jax import Array
 from jpeft.adapter import Adapter, Meta
 from jpeft.errors import KernelError, SpecError
 from jpeft.kernel import wide
+from jpeft.method import Leaves
 from jpeft.methods import METHODS, adalora
 from jpeft.methods.lora import LoRA
 from jpeft.site import Site
@@ -113,22 +114,27 @@ def union_of_layers(sites: Iterable[Site]) -> tuple[int, ...] | None:
     return tuple(sorted(chosen))
 
 
-def lora_from(parts: Iterable[Part], like: LoRA, kept: Mapping[str, Mapping[str, Array]] | None = None) -> Adapter:
+def lora_site(site: Site, rank: int, layers: tuple[int, ...] | None) -> Site:
+    """The same weight, with a LoRA of this rank on these slices."""
+    return replace(site, method="lora", rank=rank, layers=layers)
+
+
+def lora_from(parts: Sequence[Part], like: LoRA, kept: Iterable[tuple[Site, Leaves]] = ()) -> Adapter:
     """A LoRA of scaling 1 with these factors.
 
     Args:
       parts: one a weight.
-      like: where the dropout and the targets come from; the targets are spelt out unless they are all `like` means.
-      kept: leaves trained whole that `like` has too, by path: sites of their own, in `Part` for their geometry.
+      like: where its dropout and targets come from; ranks and alpha are set to what the factors have.
+      kept: leaves that are trained whole, as they are.
     """
-    found = {part.site.path: part for part in parts}
-    sites = tuple(found[path].site for path in sorted(found))
-    whole = dict(kept or {})
-    trained = {site.path: dict(whole[site.path]) if site.path in whole else _leaves(found[site.path]) for site in sites}
-    factored = [site for site in sites if site.path not in whole]
+    trained = {part.site.path: _leaves(part) for part in parts}
+    factored = [part.site for part in parts]
     constant = {site.path: {"scaling": jnp.asarray(site.chosen * np.float32(site.rank > 0))} for site in factored}
     has_bias = any("bias" in leaves for leaves in trained.values())
-    return Adapter(trained, constant, Meta(_spec(like, factored, has_bias), sites))
+    whole = list(kept)
+    trained |= {site.path: leaves for site, leaves in whole}
+    sites = tuple(sorted([*factored, *(site for site, _ in whole)], key=lambda site: site.path))
+    return Adapter(dict(sorted(trained.items())), constant, Meta(_spec(like, factored, has_bias), sites))
 
 
 def _leaves(part: Part) -> dict[str, Array]:
