@@ -78,7 +78,8 @@ def model(params, ids):
     return Record(logits, tuple(states))
 
 
-RUN = jax.jit(xlora.lift(model), compiler_options=QUICK)
+MIXED = xlora.lift(model)
+RUN = jax.jit(MIXED, compiler_options=QUICK)
 KERNELS = jpeft.kernels(lambda params, ids: model(params, ids).logits, PARAMS, IDS)
 
 
@@ -242,3 +243,329 @@ def test_scaling_pass_value(value, first):
     found = check(made, softmax(gates_by_hand(made, 0.5 * first)), weight=0.5)
     without = RUN(PARAMS, replace(made, spec=replace(made.spec, scaling_pass_value=0.0)), IDS)[1]
     assert np.abs(found - without).max() > 1e-3
+
+
+# What is trained
+
+
+def sizes(tree):
+    return [float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(tree)]
+
+
+def quickly(fn):
+    return jax.jit(fn, compiler_options=QUICK)
+
+
+@pytest.mark.parametrize("train_experts", [False, True])
+def test_what_is_trained_has_gradients(train_experts):
+    made = mixture(depth=2, train_experts=train_experts)
+    loss = lambda trained: jnp.sin(MIXED(PARAMS, made.replace(trained=trained), IDS)[0].logits).sum()
+    gradient = quickly(jax.grad(loss))(made.trained)
+    assert set(gradient) == ({"classifier", "experts"} if train_experts else {"classifier"})
+    assert min(sizes(gradient)) > 0
+    slope = sum(float((g**2).sum()) for g in jax.tree.leaves(gradient))
+    step = 1e-2 / slope**0.5
+    ahead, back = (jax.tree.map(lambda p, g, s=s: p + s * step * g, made.trained, gradient) for s in (1, -1))
+    found = (quickly(loss)(ahead) - quickly(loss)(back)) / (2 * step)
+    np.testing.assert_allclose(found, slope, rtol=1e-2)
+
+
+def test_nothing_flows_back_through_the_first_pass():
+    """The base's gradient is that of the second pass alone, its gates as they were found."""
+    made = sharp(mixture(), 3.0)
+    gates = RUN(PARAMS, made, IDS)[1]
+    by_path = {path: gates[:, :, number] for number, path in enumerate(LAYERS)}
+    fixed = lambda params: jpeft.attach(params, list(made.experts.values()), gates=by_path)
+    expected = quickly(jax.grad(lambda params: jnp.sin(jpeft.lift(model)(fixed(params), IDS).logits).sum()))(PARAMS)
+    found = quickly(jax.grad(lambda params: jnp.sin(MIXED(params, made, IDS)[0].logits).sum()))(PARAMS)
+    jax.tree.map(assert_same, found, expected)
+
+
+def test_dropout_acts_with_a_key_alone():
+    made = sharp(mixture(depth=2, dropout=0.5), 4.0)
+    drawn = [RUN(PARAMS, made, IDS, dropout_key=jax.random.key(seed))[1] for seed in (0, 0, 1)]
+    np.testing.assert_array_equal(drawn[0], drawn[1])
+    assert np.abs(drawn[0] - drawn[2]).max() > 1e-2
+    assert np.abs(drawn[0] - RUN(PARAMS, made, IDS)[1]).max() > 1e-2
+
+
+def test_dropout_of_the_experts():
+    chosen = {name: expert(1, rank=2, alpha=8, targets=["v"], dropout=rate) for name, rate in (("a", 0.5), ("b", 0.0))}
+    made = mixture(chosen=chosen)
+    logits = [RUN(PARAMS, made, IDS, dropout_key=jax.random.key(seed))[0].logits for seed in (0, 1)]
+    assert np.abs(logits[0] - logits[1]).max() > 1e-2
+
+
+# Two domains
+
+SIDE = jnp.where(jnp.arange(VOCAB) < 5, 2.0, -2.0)[:, None] * jnp.eye(D)[0]  # what a pretrained base would know
+PRETRAINED = PARAMS | {"embed": {"embedding": PARAMS["embed"]["embedding"] + SIDE}}
+
+
+def sentences(domain, seed, rows=16, length=12):
+    """(rows, length): a random walk on the first five tokens, upwards, or on the next five, downwards."""
+    steps = np.random.default_rng(seed).integers(1, 3, (rows, length)).cumsum(1)
+    return jnp.asarray(steps % 5 if domain == 0 else 5 + (-steps) % 5)
+
+
+def language_loss(logits, ids):
+    return optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], ids[:, 1:]).mean()
+
+
+def fitted(loss, trained, batches, rate=0.03):
+    optimizer = optax.adam(rate)
+
+    def step(state, ids):
+        updates, inner = optimizer.update(jax.grad(loss)(state[0], ids), state[1])
+        return (optax.apply_updates(state[0], updates), inner), None
+
+    return quickly(lambda start: jax.lax.scan(step, start, batches))((trained, optimizer.init(trained)))[0][0]
+
+
+@cache
+def learnt_expert(domain):
+    adapter = expert(5, rank=4, targets=["q", "v", "down"] if domain else ["k", "v", "up"])
+    forward = lambda trained, ids: jpeft.lift(model)(jpeft.attach(PRETRAINED, adapter.replace(trained=trained)), ids)
+    batches = jnp.stack([sentences(domain, seed) for seed in range(60)])
+    trained = fitted(lambda t, ids: language_loss(forward(t, ids).logits, ids), adapter.trained, batches)
+    return adapter.replace(trained=trained)
+
+
+@pytest.mark.parametrize(("train_experts", "rate", "least"), [(False, 0.1, 0.9), (True, 0.03, 0.8)])
+def test_the_classifier_learns_which_expert_knows_the_domain(train_experts, rate, least):
+    spec = XLoRA(depth=2, hidden=16, train_experts=train_experts)
+    made = xlora.init(jax.random.key(0), spec, {"up": learnt_expert(0), "down": learnt_expert(1)}, features=D)
+
+    def loss(trained, ids):
+        return language_loss(MIXED(PRETRAINED, made.replace(trained=trained), ids)[0].logits, ids)
+
+    batches = jnp.stack([jnp.concatenate([sentences(d, 100 + seed, rows=8) for d in (0, 1)]) for seed in range(60)])
+    after = made.replace(trained=fitted(loss, made.trained, batches, rate))
+    for domain in (0, 1):
+        ids = sentences(domain, seed=999)
+        outputs, scalings = zip(*(RUN(PRETRAINED, m, ids) for m in (made, after)), strict=True)
+        shares = [s.mean((0, 1, 2)) for s in scalings]
+        assert shares[1][domain] > least > shares[0][domain]
+        losses = [language_loss(output.logits, ids) for output in outputs]
+        assert losses[1] < losses[0] - 0.1
+
+
+# The bugs that cannot happen here
+
+
+NAMES = ["lora", "lora_", "lora_A", "ia3", "self_attn", "layers", "model", "0", "1", "weight", "default", "base_layer"]
+NAMES += ["a.b", "a/b", "a b", "ü", "", "one"]
+
+
+def test_experts_of_any_name_and_target_switched_added_and_removed():
+    """Peft #2485: an expert on q and v, another on q, k and v; PEFT raised a KeyError at the layers one lacks."""
+    qv, qkv = expert(1, rank=2, targets=["q", "v"]), expert(2, rank=3, targets=["q", "k", "v"])
+    for spec in ({"softmax": False}, {"softmax": False, "layerwise": True}):
+        made = sharp(mixture(chosen={"qv": qv, "qkv": qkv}, **spec), 3.0)
+        output, before = RUN(PARAMS, made, IDS)
+
+        switched = xlora.select(made, ["qkv", "qv"])
+        again, scalings = RUN(PARAMS, switched, IDS)
+        np.testing.assert_array_equal(scalings, before[..., ::-1])
+        assert_same(again.logits, np.asarray(output.logits))
+
+        removed = xlora.select(made, ["qv"])
+        one, scalings = RUN(PARAMS, removed, IDS)
+        kept = [n for n, layer in enumerate(xlora.layers_of(made.experts)) if layer.path in qv.trained]
+        np.testing.assert_allclose(scalings[..., 0], before[:, :, kept, 0], rtol=0, atol=1e-5)
+        assert np.abs(one.logits - output.logits).max() > 1e-2
+
+        added = xlora.add(removed, "layers/0", qkv, jax.random.key(9))
+        both, scalings = RUN(PARAMS, added, IDS)
+        np.testing.assert_allclose(scalings[:, :, kept, 0], before[:, :, kept, 0], rtol=0, atol=1e-5)
+        assert np.abs(both.logits - one.logits).max() > 1e-2
+
+
+@pytest.mark.parametrize("layerwise", [False, True])
+def test_names_decide_nothing_and_survive_a_folder(tmp_path, layerwise):
+    """Experts of all kinds of names beside each other, saved and loaded: each the one it was."""
+    chosen = {name: expert(i, rank=1, targets=["q"] if i % 2 else ["k", "v"]) for i, name in enumerate(NAMES)}
+    made = sharp(mixture(chosen=chosen, layerwise=layerwise), 3.0)
+    plain = mixture(chosen={str(100 + i): one for i, one in enumerate(chosen.values())}, layerwise=layerwise)
+    np.testing.assert_array_equal(
+        RUN(PARAMS, made, IDS)[0].logits, RUN(PARAMS, plain.replace(classifier=made.classifier), IDS)[0].logits
+    )
+    xlora.save(tmp_path / "mixture", made)
+    assert_equal(xlora.load(tmp_path / "mixture"), made)
+
+
+def assert_equal(found, made):
+    assert found.spec == made.spec and found.names == made.names
+    assert jax.tree.structure(found) == jax.tree.structure(made)
+    assert jax.tree.map(jnp.shape, found) == jax.tree.map(jnp.shape, made)
+    jax.tree.map(np.testing.assert_array_equal, found, made)
+
+
+def test_the_order_of_experts_survives_tree_map():
+    """JAX sorts a dict's keys; the classifier's columns go by `names`."""
+    made = sharp(mixture(chosen={"b": expert(1, targets=["q"]), "a": expert(2, targets=["v"])}), 3.0)
+    mapped = jax.tree.map(lambda leaf: leaf, made)
+    assert mapped.names == ("b", "a")
+    np.testing.assert_array_equal(RUN(PARAMS, mapped, IDS)[0].logits, RUN(PARAMS, made, IDS)[0].logits)
+
+
+def test_rank_0():
+    made = mixture(chosen={"none": expert(1, rank=0, targets=["q", "k"]), "some": expert(2, rank=2, targets=["v"])})
+    output, scalings = RUN(PARAMS, made, IDS)
+    assert scalings.shape[2] == 6 and np.abs(output.logits - BASE).max() > 1e-2
+    nothing = mixture(chosen={"none": expert(1, rank=0, targets=["q"])})
+    np.testing.assert_allclose(RUN(PARAMS, nothing, IDS)[0].logits, BASE, rtol=0, atol=1e-6)
+
+
+def test_stacked_layers():
+    """Of a stack of weights under scan, each has its own scalings."""
+    case = zoo.get("linen_scan")
+    kernel = next(path for path, one in case.adapted.items() if one.batch)
+    spec = jpeft.LoRA(rank=2, targets=[jpeft.tree.module_of(kernel)])
+    one = perturbed(jpeft.init(jax.random.key(1), spec, case.params, kernels=case.adapted), 1)
+    assert [layer.size for layer in xlora.layers_of({"a": one})] == [zoo.LAYERS]
+    made = xlora.init(jax.random.key(0), XLoRA(softmax=False, layerwise=True), {"a": one}, features=3)
+    rows = case.fn(case.params, case.x).shape[:2]
+    hidden = zoo.normal(*rows, 3)
+    run = xlora.lift(lambda params, x: case.fn(params, x), hidden=lambda output: hidden)
+    output, scalings = run(case.params, made, case.x)
+    assert scalings.shape == (*rows, zoo.LAYERS, 1)
+    gates = {kernel: jnp.moveaxis(scalings, 2, 0)}
+    expected = jpeft.lift(case.fn)(jpeft.attach(case.params, [one], gates=gates), case.x)
+    assert_same(output, np.asarray(expected))
+    assert np.abs(expected - case.fn(case.params, case.x)).max() > 1e-3
+
+
+# The folder
+
+
+def test_a_new_process_loads_it_to_the_same_bits(tmp_path):
+    made = sharp(mixture(depth=2, layerwise=True, top_k=2, softmax_topk=True), 3.0)
+    xlora.save(tmp_path / "mixture", made)
+    code = (
+        "import sys, numpy, test_xlora as t\n"
+        "output, scalings = t.RUN(t.PARAMS, t.xlora.load(sys.argv[1] + '/mixture'), t.IDS)\n"
+        "numpy.savez(sys.argv[1] + '/found.npz', logits=output.logits, scalings=scalings)"
+    )
+    here = os.path.dirname(__file__)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([here, os.path.dirname(here)])}
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=environment, check=True, timeout=300)
+    output, scalings = RUN(PARAMS, made, IDS)
+    found = np.load(tmp_path / "found.npz")
+    np.testing.assert_array_equal(found["logits"], output.logits)
+    np.testing.assert_array_equal(found["scalings"], scalings)
+
+
+def test_a_folder_is_replaced_whole(tmp_path):
+    folder = tmp_path / "mixture"
+    made = mixture()
+    xlora.save(folder, made)
+    xlora.save(folder, xlora.select(made, ["one"]))
+    assert sorted(path.name for path in folder.iterdir()) == ["expert-0.safetensors", "xlora.safetensors"]
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(jpeft.JpeftError, match=r"notes\.txt"):
+        xlora.save(folder, made)
+    assert_equal(xlora.load(folder), xlora.select(made, ["one"]))
+
+
+def test_bf16_is_saved_as_it_is(tmp_path):
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), mixture())
+    xlora.save(tmp_path / "mixture", half)
+    assert_equal(xlora.load(tmp_path / "mixture"), half)
+
+
+def test_what_is_not_finite_is_not_saved(tmp_path):
+    made = mixture()
+    broken = made.replace(classifier=({**made.classifier[0], "bias": jnp.array([0, jnp.nan, 0])},))
+    with pytest.raises(jpeft.AdapterError, match="'0/bias' of the classifier"):
+        xlora.save(tmp_path / "mixture", broken)
+    assert not (tmp_path / "mixture").exists()
+
+
+def test_broken_folders(tmp_path):
+    folder = tmp_path / "mixture"
+    with pytest.raises(jpeft.AdapterError, match=r"no xlora\.safetensors there"):
+        xlora.load(folder)
+    xlora.save(folder, mixture())
+    whole = (folder / "xlora.safetensors").read_bytes()
+    (folder / "expert-1.safetensors").unlink()
+    with pytest.raises(jpeft.AdapterError, match=r"expert 'layers' is missing; expected it in expert-1"):
+        xlora.load(folder)
+    (folder / "xlora.safetensors").write_bytes(whole[:-4])
+    with pytest.raises(jpeft.AdapterError, match="not a whole safetensors file"):
+        xlora.load(folder)
+    (folder / "xlora.safetensors").write_bytes(whole.replace(b'\\"depth\\": 1', b'\\"depth\\": 2'))
+    (folder / "expert-1.safetensors").write_bytes((folder / "expert-0.safetensors").read_bytes())
+    with pytest.raises(jpeft.AdapterError, match=r"expected the tensors \['0/bias', '0/kernel', '1/bias'"):
+        xlora.load(folder)
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"depth": 0}, "depth must be an integer >= 1; found 0"),
+        ({"temperature": 0}, "temperature must be greater than 0"),
+        ({"dropout": 1.0}, r"dropout must be in \[0, 1\)"),
+        ({"top_k": True}, "top_k must be an integer"),
+        ({"softmax_topk": True}, "top_k is None; give top_k="),
+        ({"top_k": 1, "scaling_pass_value": 0.5}, "no top 1 of them can be told"),
+        ({"global_weight": float("nan")}, "global_weight must be a finite number"),
+    ],
+)
+def test_specs_that_mean_nothing(options, told):
+    with pytest.raises(jpeft.SpecError, match=told):
+        XLoRA(**options)
+
+
+@pytest.mark.parametrize(
+    ("spec", "told"),
+    [
+        (jpeft.DoRA(rank=1, targets=["q"]), "expert 'odd' is a 'dora' at 'layers/0/q/kernel'"),
+        (jpeft.IA3(targets=["q"], feedforward=[]), "expert 'odd' is a 'ia3'"),
+        (jpeft.LoRA(rank=1, targets=["q"], modules_to_save=["head"]), "expert 'odd' replaces 'head/kernel' whole"),
+    ],
+)
+def test_experts_that_cannot_be_mixed(spec, told):
+    odd = jpeft.init(jax.random.key(0), spec, PARAMS, kernels=KERNELS)
+    with pytest.raises(jpeft.SpecError, match=told):
+        mixture(chosen={"plain": experts()["one"], "odd": odd})
+    with pytest.raises(jpeft.SpecError, match=told):
+        xlora.add(mixture(), "odd", odd, jax.random.key(0))
+
+
+def test_experts_that_are_none():
+    with pytest.raises(jpeft.SpecError, match="a mixture needs at least 1 experts; found 0"):
+        xlora.init(jax.random.key(0), XLoRA(), {}, features=D)
+    with pytest.raises(jpeft.SpecError, match="top 4 needs at least 4 experts; found 3"):
+        mixture(top_k=4)
+    with pytest.raises(TypeError, match="expert 'a': expected an adapter"):
+        xlora.init(jax.random.key(0), XLoRA(), {"a": jpeft.LoRA()}, features=D)
+    with pytest.raises(jpeft.SpecError, match="there is an expert 'one' already"):
+        xlora.add(mixture(), "one", experts()["one"], jax.random.key(0))
+    with pytest.raises(jpeft.SpecError, match="expected some of the experts .*found 'two'"):
+        xlora.select(mixture(), ["two"])
+
+
+def test_a_mixture_cannot_be_merged():
+    """No single kernel does what differs from token to token."""
+    for call in (jpeft.merge, jpeft.apply, jpeft.attach):
+        with pytest.raises((TypeError, jpeft.MergeError), match="Mixture"):
+            call(PARAMS, mixture())
+
+
+def test_runs_that_would_be_wrong():
+    made = mixture()
+    run = xlora.lift(model)
+    with pytest.raises(jpeft.LiftError, match="a cache holds what one of the passes saw"):
+        run(PARAMS, made, IDS, cache={})
+    with pytest.raises(jpeft.LiftError, match="neither last_hidden_state nor hidden_states"):
+        xlora.lift(lambda params, ids: model(params, ids).logits)(PARAMS, made, IDS)
+    with pytest.raises(jpeft.LiftError, match=r"expected hidden states \(batch, tokens, 8\)"):
+        xlora.lift(model, hidden=lambda output: output.logits)(PARAMS, made, IDS)
+    with pytest.raises(TypeError, match=r"made by jpeft\.xlora\.init"):
+        run(PARAMS, made.experts, IDS)
+    with pytest.raises(jpeft.KernelError, match="has an adapter attached"):
+        run(jpeft.attach(PARAMS, experts()["one"]), made, IDS)

@@ -109,11 +109,9 @@ def check_experts(spec: XLoRA, experts: Mapping[str, Adapter]) -> None:
         if not isinstance(name, str) or not isinstance(expert, Adapter):
             raise TypeError(f"expert {name!r}: expected an adapter under a string; found {type(expert).__name__}")
         _check_expert(name, expert)
-    least = spec.top_k or 1
-    if len(experts) < least:
-        raise SpecError(
-            f"a mixture {'with top_k ' if spec.top_k else 'of '}{least} needs so many experts; found {len(experts)}"
-        )
+    if len(experts) < (least := spec.top_k or 1):
+        kind = "a mixture" if spec.top_k is None else f"a mixture of the top {least}"
+        raise SpecError(f"{kind} needs at least {least} experts; found {len(experts)}")
 
 
 def _check_expert(name: str, expert: Adapter) -> None:
