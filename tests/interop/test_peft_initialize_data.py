@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from peft import EvaConfig, LoraConfig, get_peft_model
+from peft import EvaConfig, LoraConfig, get_peft_model, initialize_lora_eva_weights
 from peft.tuners.lora.config import CordaConfig, LoraGAConfig
 from peft.tuners.lora.eva import get_eva_state_dict
 from peft.tuners.lora.loraga import preprocess_loraga
@@ -32,7 +32,7 @@ from jpeft.initialize import (
     weight_gradients,
 )
 from jpeft.tree import flatten
-from jpeft_interop import save_peft
+from jpeft_interop import load_peft, save_peft
 from jpeft_interop.models import build, pure
 from peft_twins import base, gpt2, llama, load
 from test_peft_initialize import assert_as_peft, in_out, layers, logits, new_adapter, ours_logits, trained
@@ -310,3 +310,31 @@ def test_eva(options, config):
         assert not ours.trained[site.path]["b"].any()
     assert sum(ranks.values()) == config["r"] * len(ranks)
     assert options.get("rho") == 1.0 or len(set(ranks.values())) > 2
+
+
+@pytest.mark.parametrize("adjust, rslora", [(True, True), (False, False)])
+def test_eva_s_ranks_and_scalings_go_to_peft_and_come_from_it(adjust, rslora, tmp_path):
+    module = eva_model()
+    config = EVA | {"use_rslora": rslora}
+    peft_model, _ = eva_of_peft(module, config, adjust_scaling_factors=adjust)
+    quietly(initialize_lora_eva_weights, peft_model, Loader(*eva_data()), show_progress_bar=False)
+    ours, params = eva_of_ours(module, config, adjust_alpha=adjust)
+    found = layers(peft_model)
+    assert found.keys() == {site.path for site in ours.sites if site.rank > 0}
+    for site in ours.sites:
+        if site.rank > 0:
+            layer = found[site.path]
+            np.testing.assert_allclose(ours.constant[site.path]["scaling"], layer.scaling["default"], rtol=1e-6)
+            theirs = layer.lora_A["default"].weight.detach().numpy()
+            a = np.asarray(ours.trained[site.path]["a"])
+            np.testing.assert_allclose(a @ a.T, theirs.T @ theirs, atol=1e-5)
+
+    after = trained(ours)
+    save_peft(tmp_path / "ours", after, params=params)
+    tokens = batches(1, 3)[0]
+    expected = ours_logits(module, params, after, tokens)
+    assert np.abs(expected - logits(module, tokens)).max() > 1e-2
+    np.testing.assert_allclose(logits(load(module, tmp_path / "ours")[0], tokens), expected, atol=1e-5)
+    quietly(peft_model.save_pretrained, tmp_path / "theirs")
+    loaded = load_peft(tmp_path / "theirs", params)
+    assert {s.path: s.rank for s in loaded.sites} == {s.path: s.rank for s in ours.sites if s.rank > 0}
