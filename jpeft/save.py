@@ -8,6 +8,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -55,7 +56,7 @@ def save(path: str | os.PathLike[str], adapter: Adapter) -> None:
 def _finite(array: np.ndarray, where: str, leaf: str) -> np.ndarray:
     if jnp.issubdtype(array.dtype, jnp.inexact) and not np.isfinite(array.astype(np.float32)).all():
         raise AdapterError(f"{leaf!r} of {where!r} holds values that are not finite; nothing was written")
-    return np.ascontiguousarray(array)
+    return np.asarray(array, order="C")  # not ascontiguousarray, which makes a vector of a scalar
 
 
 def load(path: str | os.PathLike[str]) -> Adapter:
@@ -105,6 +106,18 @@ def _check(adapter: Adapter, path: Path) -> None:
             METHODS[site.method].matrices(adapter.leaves(where), site.kernel)
         except (KeyError, TypeError) as error:
             raise AdapterError(f"{path}: {where!r} does not hold what {site.method!r} needs: {error}") from error
+        for leaf, shape in _shapes(adapter, site).items():
+            found = adapter.leaves(where).get(leaf)
+            if found is not None and found.shape != shape:
+                raise AdapterError(f"{path}: {leaf!r} of {where!r}: expected shape {shape}, found {found.shape}")
+
+
+def _shapes(adapter: Adapter, site: Site) -> dict[str, tuple[int, ...]]:
+    """Of a new adapter's leaves at this site."""
+    method, weight = METHODS[site.method], jax.ShapeDtypeStruct(site.kernel.shape, jnp.float32)
+    new = lambda key, weight: method.init(key, site, adapter.spec, weight, jnp.dtype(jnp.float32))
+    leaves = jax.eval_shape(new, jax.random.key(0), weight) | method.constant(adapter.spec, site)
+    return {name: leaf.shape for name, leaf in leaves.items()}
 
 
 def _meta_to_json(meta: Meta) -> dict[str, Any]:

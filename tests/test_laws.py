@@ -231,6 +231,7 @@ def test_save_and_load(spec, tmp_path):
     assert back.meta == adapter.meta and hash(back.meta) == hash(adapter.meta)
     assert jax.tree.structure(back) == jax.tree.structure(adapter)
     jax.tree.map(np.testing.assert_array_equal, back, adapter)
+    assert jax.tree.map(jnp.shape, back) == jax.tree.map(jnp.shape, adapter)
 
 
 def test_the_static_part_is_hashable_and_equal(spec):

@@ -1,0 +1,89 @@
+"""Several adapters of one base in one folder, as PEFT keeps them: `default` at the root, each other in its own.
+
+A name is the name of a folder and a key of a dict; it is no part of any tensor's name, so no name can change what
+another adapter's file holds.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jpeft
+from jpeft.atomic import write_folder
+from jpeft.errors import AdapterError
+from jpeft_interop.layout import Layout
+from jpeft_interop.load_peft import CONFIG, load_peft
+from jpeft_interop.save_peft import OTHERS, save_peft
+
+DEFAULT = "default"
+LONGEST = 200  # bytes of a name: file systems take 255, and a write needs some beside it
+
+
+def save_adapters(
+    folder: str | os.PathLike[str],
+    adapters: Mapping[str, jpeft.Adapter],
+    *,
+    params: Any,
+    layout: Layout | None = None,
+    base_model: str | None = None,
+    task_type: str | None = None,
+) -> None:
+    """Writes adapters by name into one folder, all or none: PEFT's `load_adapter(folder/name, name)` reads each.
+
+    Args:
+      folder: made if need be; one that holds anything else is refused.
+      adapters: by name; `default` lies at the root, as PEFT has it.
+      params: the base they are for.
+      layout: where each path of the params lies in torch, for params with other names or shapes.
+      base_model: the name or path of the base that PEFT is to know it by.
+      task_type: `CAUSAL_LM`, `SEQ_CLS`, … as PEFT has them.
+
+    Raises:
+      AdapterError: a name that can be no folder's, before anything is written; or what `save_peft` raises.
+    """
+    for name in adapters:
+        _check_name(name)
+    options: Any = {"params": params, "layout": layout, "base_model": base_model, "task_type": task_type}
+
+    def fill(new: Path) -> None:
+        for name, adapter in adapters.items():
+            save_peft(new / name, adapter, **options)
+        if DEFAULT in adapters:
+            for file in (new / DEFAULT).iterdir():
+                file.rename(new / file.name)
+            (new / DEFAULT).rmdir()
+
+    write_folder(folder, fill, replaceable=lambda name: name in OTHERS)
+
+
+def load_adapters(
+    folder: str | os.PathLike[str], params: Any, *, layout: Layout | None = None
+) -> dict[str, jpeft.Adapter]:
+    """The adapters of a folder, by name: of `save_adapters`, or of a PEFT model that held several.
+
+    Raises:
+      AdapterError: there are none, or what `load_peft` raises.
+    """
+    folder = Path(folder)
+    places = {DEFAULT: folder} if (folder / CONFIG).is_file() else {}
+    places |= {one.name: one for one in sorted(folder.iterdir()) if (one / CONFIG).is_file()}
+    if not places:
+        raise AdapterError(f"{folder}: no {CONFIG} there, nor in a folder below")
+    return {name: load_peft(place, params, layout=layout) for name, place in places.items()}
+
+
+def _check_name(name: str) -> None:
+    why = None
+    if not name or name in (".", "..") or name.startswith("."):
+        why = "it is empty or begins with a dot, which hides a folder"
+    elif any(mark in name for mark in ("/", "\\", "\0")):
+        why = "it holds a separator of paths"
+    elif name in (CONFIG, "adapter_model.safetensors", *OTHERS):
+        why = "that is a file of an adapter"
+    elif len(os.fsencode(name)) > LONGEST:
+        why = f"it is longer than {LONGEST} bytes"
+    if why is not None:
+        raise AdapterError(f"an adapter can't be saved under the name {name!r}: {why}; nothing was written")
