@@ -7,10 +7,11 @@ import jax
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, get_peft_model
 
 import jpeft
 from jpeft.algebra import combine
+from jpeft.algebra.svd import factors, rank_for, svd
 from jpeft.tree import flatten
 from jpeft_interop import load_peft, params_from_torch, save_peft
 from peft_twins import base, gpt2, llama, perturb, save
@@ -182,3 +183,62 @@ def test_a_combination_goes_to_peft(twins, tmp_path):
     save_peft(tmp_path / "new", new, params=params)
     again = load_peft(tmp_path / "new", params)
     assert largest_difference(jpeft.apply(params, again), jpeft.apply(params, new)) == 0
+
+
+@pytest.mark.parametrize("rank", [2, 0.5, 0.95])
+def test_conversion_by_rank_and_energy_is_pefts(rank):
+    """Of an adapter whose change has full rank, made a LoRA by PEFT and here."""
+    from peft import LoHaConfig, convert_to_lora
+
+    module = base(llama, tie_word_embeddings=False)
+    torch.manual_seed(1)
+    config = LoHaConfig(r=3, alpha=3, target_modules=["q_proj", "down_proj"])
+    model = get_peft_model(copy.deepcopy(module), config)
+    perturb(model, 3, only_trained=True)
+    _, theirs = convert_to_lora(model, rank=rank)
+    for name, layer in model.named_modules():
+        if not hasattr(layer, "hada_w1_a"):
+            continue
+        change = jax.numpy.asarray(layer.get_delta_weight("default").detach().numpy().T)
+        found = svd(change)
+        kept = rank if isinstance(rank, int) else rank_for(found.s, rank)
+        a, b = factors(found, kept)
+        key = name.removeprefix("base_model.model.")
+        expected = [theirs[k] for k in sorted(theirs) if key in k]
+        assert len(expected) == 2
+        assert expected[0].shape[0] == kept
+        np.testing.assert_allclose(a @ b, (expected[1] @ expected[0]).numpy().T, atol=1e-5)
+
+
+def test_ia3_adapters_are_added_as_in_peft():
+    configs = [
+        {"target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]},
+        {"target_modules": ["k_proj", "v_proj"], "feedforward_modules": []},
+    ]
+    module = base(llama, tie_word_embeddings=False)
+    params = params_from_torch(module)
+    model = get_peft_model(copy.deepcopy(module), IA3Config(**configs[0]), adapter_name="a0")
+    model.add_adapter("a1", IA3Config(**configs[1]))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("ia3_" in name)
+    perturb(model, 3, only_trained=True)
+    ours = combine([ia3_here(model, params, f"a{i}", config) for i, config in enumerate(configs)], [0.7, -0.4])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.base_model.add_weighted_adapter(["a0", "a1"], [0.7, -0.4], "new")
+        model.set_adapter("new")
+    assert largest_difference(jpeft.apply(params, ours), merged(model)) <= 1e-5
+    assert largest_difference(jpeft.apply(params, ours), params) > 1e-2
+
+
+def ia3_here(model, params, name, config):
+    """The adapter of PEFT's model of this name."""
+    targets, feedforward = config["target_modules"], config["feedforward_modules"]
+    new = jpeft.init(jax.random.key(0), jpeft.IA3(targets=targets, feedforward=feedforward), params)
+    state = dict(model.named_parameters())
+    trained = {}
+    for path, leaves in new.trained.items():
+        module = path.rpartition("/")[0].replace("/", ".")
+        value = state[f"base_model.model.{module}.ia3_l.{name}"].detach().numpy().ravel()
+        trained[path] = {leaf: jax.numpy.asarray(value) for leaf in leaves}
+    return new.replace(trained=trained)
