@@ -160,7 +160,8 @@ def test_peft_runs_the_export_on_the_original_base(name, rslora, tmp_path):
 
 def ours_logits(module, params, adapter, tokens):
     forward, _ = pure(build(module.config.to_dict(), architecture=type(module).__name__))
-    return np.asarray(jpeft.lift(forward)(jpeft.attach(params, adapter), tokens).logits)
+    lifted = jax.jit(lambda params, tokens: jpeft.lift(forward)(params, tokens).logits)
+    return np.asarray(lifted(jpeft.attach(params, adapter), tokens))
 
 
 def test_the_export_has_the_tensors_of_peft_s_own_conversion(tmp_path):
