@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,7 +10,7 @@ from jpeft.errors import KernelError
 from jpeft.kernel import Kernel, Kernels
 from jpeft.lift import observe
 from jpeft.rewrite.program import Program, Result, Use
-from jpeft.rewrite.weight import Weight
+from jpeft.rewrite.weight import Weight, watched_kernel
 from jpeft.tree import base_leaves, nnx_type, parameters, replace
 from jpeft.view import View
 
@@ -62,8 +63,7 @@ def _watched(params: Any) -> tuple[Any, Any]:
 
 def _watch(path: str, leaf: Any) -> Weight:
     shape = tuple(leaf.shape)
-    nothing = Kernel(shape, (), tuple(range(len(shape))), kind="watched")
-    return Weight(leaf, (), path, nothing, View.whole(shape), ())
+    return Weight(leaf, (), path, watched_kernel(shape), View.whole(shape), ())
 
 
 def _report(flat: Mapping[str, Any], uses: list[Use], heads: set[str]) -> Kernels:
@@ -86,11 +86,11 @@ def _geometry(shape: tuple[int, ...], uses: list[Use], head: bool) -> Kernel | s
         return f"is read, but by no product, lookup or convolution: {met}" if met else "is never read"
     lookups = [use for use in exact if use.how == "lookup"]
     first = (lookups or exact)[0]
-    axes = _axes(first, shape)
+    axes = _axes(first)
     if axes is None:
         return "is used in part: a product contracts a piece of one of its axes"
     for use in exact:
-        other = _axes(use, shape)
+        other = _axes(use)
         if other is None or {other[:2], other[1::-1]}.isdisjoint({axes[:2]}):
             found = f"{first.equation} contracts {axes[0]}, {use.equation} {other and other[0]}"
             return f"has uses of different geometry: {found}"
@@ -102,21 +102,17 @@ def _geometry(shape: tuple[int, ...], uses: list[Use], head: bool) -> Kernel | s
     return Kernel(shape, contracted, output, batch, kind, first.groups, head, met)
 
 
-def _axes(use: Use, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]] | None:
+def _axes(use: Use) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]] | None:
     """Contracted, output and batch axes of the original weight; None if a use divides an axis between roles."""
     assert use.view is not None and use.roles is not None
-    view = use.view
-    groups = [{atom.axis for atom in view.atoms(dimensions)} for dimensions in use.roles]
-    contracted, output, batch = groups
-    whole = all(atom.size == shape[atom.axis] or _parts(view, atom.axis) == shape[atom.axis] for atom in view.all_atoms)
+    contracted, output, batch = ({atom.axis for atom in use.view.atoms(dimensions)} for dimensions in use.roles)
+    whole = all(_size(use.view, atom.axis) == use.shape[atom.axis] for atom in use.view.all_atoms)
     if not whole or contracted & output or contracted & batch or output & batch:
         return None
-    consumed = set(range(len(shape))) - contracted - output - batch
+    consumed = set(range(len(use.shape))) - contracted - output - batch
     return tuple(sorted(contracted)), tuple(sorted(output)), tuple(sorted(batch | consumed))
 
 
-def _parts(view: View, axis: int) -> int:
-    size = 1
-    for atom in view.all_atoms:
-        size *= atom.size if atom.axis == axis else 1
-    return size
+def _size(view: View, axis: int) -> int:
+    """How much of an axis a view holds."""
+    return math.prod(atom.size for atom in view.all_atoms if atom.axis == axis)

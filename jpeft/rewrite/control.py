@@ -39,6 +39,33 @@ def remat(program: Program, eqn: JaxprEqn, values: Sequence[Any]) -> Outs:
     return again(list(values))
 
 
+def shard_map(program: Program, eqn: JaxprEqn, values: Sequence[Any]) -> Outs:
+    """A weight that every device has whole keeps its branches; one that is split over devices goes in dense."""
+    specs, options = eqn.params["in_specs"], eqn.params
+    split = [is_weight(v) and any(axis is not None for axis in spec) for v, spec in zip(values, specs, strict=True)]
+    arguments = [
+        program.as_array(value, "shard_map", "split over devices") if parted and not program.watch else value
+        for value, parted in zip(values, split, strict=True)
+    ]
+
+    def body(*arguments: Any) -> list[Any]:
+        local = [
+            value.as_shard() if parted and is_weight(value) else value
+            for value, parted in zip(arguments, split, strict=True)
+        ]
+        return plain_outputs(program, program.evaluate(options["jaxpr"], (), local), "shard_map")
+
+    mapped = jax.shard_map(
+        body,
+        mesh=options["mesh"],
+        in_specs=specs,
+        out_specs=list(options["out_specs"]),
+        axis_names=options["newly_manual_axes"],
+        check_vma=options["check_vma"],
+    )
+    return mapped(*arguments)
+
+
 def opaque(program: Program, eqn: JaxprEqn, values: Sequence[Any]) -> Outs:
     """A function with a derivative of its own keeps it, and gets dense weights. Only their geometry is read inside."""
     closed = eqn.params["call_jaxpr"]

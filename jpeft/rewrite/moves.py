@@ -67,6 +67,13 @@ def unchanged(program: Program, eqn: JaxprEqn, values: Sequence[Any]) -> Outs:
     return _moved(eqn, values, values[0].view) if len(values) == 1 else None
 
 
+def pvary(program: Program, eqn: JaxprEqn, values: Sequence[Any]) -> Outs:
+    """Under `shard_map`: from here on the weight, and so its branches, count as different on each device."""
+    weight: Weight = values[0]
+    vary = lambda leaf: bind(eqn, [leaf])[0]
+    return [_map_branches(weight, vary, weight.batch).moved(vary(weight.value), weight.view)]
+
+
 def barrier(program: Program, eqn: JaxprEqn, values: Sequence[Any]) -> Outs:
     """Several values held together, weights among them."""
     outs = bind(eqn, [v.value if is_weight(v) else v for v in values])

@@ -38,7 +38,7 @@ def dot_general(program: Program, eqn: JaxprEqn, values: Sequence[Any]) -> Outs:
     if is_weight(x):
         return program.dense(eqn, values, "a product of two adapted weights")
     dims = _Dims.of(eqn, side, x.ndim, weight.value.ndim)
-    use = Use(weight.path, "dot_general", "product", view=weight.view, roles=dims.roles)
+    use = Use(weight.path, "dot_general", "product", view=weight.view, shape=weight.kernel.shape, roles=dims.roles)
     if program.watch:
         program.uses.append(use)
         return [Result(bind(eqn, [x, weight.value][:: 1 if side else -1])[0], weight.path)]
@@ -205,7 +205,7 @@ def gather(program: Program, eqn: JaxprEqn, values: Sequence[Any]) -> Outs:
         return None
     if not _takes_rows(eqn, weight):
         return None
-    use = Use(weight.path, "gather", "lookup", view=weight.view, roles=((0,), (1,), ()))
+    use = Use(weight.path, "gather", "lookup", view=weight.view, shape=weight.kernel.shape, roles=((0,), (1,), ()))
     if program.watch:
         program.uses.append(use)
         return bind(eqn, [weight.value, *rest])
@@ -272,7 +272,15 @@ def conv_general_dilated(program: Program, eqn: JaxprEqn, values: Sequence[Any])
     out_dim, in_dim, *window = eqn.params["dimension_numbers"].rhs_spec
     groups = eqn.params["feature_group_count"]
     roles = ((*sorted(window), in_dim), (out_dim,), ())
-    use = Use(weight.path, "conv_general_dilated", "conv", view=weight.view, roles=roles, groups=groups)
+    use = Use(
+        weight.path,
+        "conv_general_dilated",
+        "conv",
+        view=weight.view,
+        shape=weight.kernel.shape,
+        roles=roles,
+        groups=groups,
+    )
     if program.watch:
         program.uses.append(use)
         return [Result(bind(eqn, [x, weight.value])[0], weight.path)]

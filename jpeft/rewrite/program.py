@@ -23,6 +23,7 @@ class Use:
       how: `product`, `lookup` or `conv` where the adapter stays factored, else `dense`.
       why: of `dense`, the reason.
       view: of the weight as it arrived.
+      shape: the whole weight's (under `shard_map`, a device's).
       roles: of a product, the weight's dimensions: contracted, output, batch.
     """
 
@@ -31,6 +32,7 @@ class Use:
     how: str
     why: str = ""
     view: View | None = None
+    shape: tuple[int, ...] = ()
     roles: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]] | None = None
     groups: int = 1
 

@@ -27,6 +27,8 @@ RULES = {
     "core_call": control.closed_call,
     "remat2": control.remat,
     "checkpoint": control.remat,
+    "shard_map": control.shard_map,
+    "pvary": moves.pvary,
     "custom_vjp_call": control.opaque,
     "custom_jvp_call": control.opaque,
     "scan": control.scan,

@@ -58,6 +58,12 @@ class Weight:
         """The same weight elsewhere."""
         return replace(self, value=value, view=view)
 
+    def as_shard(self) -> Weight:
+        """A watched weight as one device has it: a part of each axis, seen as whole."""
+        if self.view != View.whole(self.kernel.shape):
+            return self
+        return replace(self, kernel=watched_kernel(self.value.shape), view=View.whole(self.value.shape))
+
     def with_branches(self, branches: Any, batch: tuple[int, ...]) -> Weight:
         """The same weight with fewer batch axes left."""
         return replace(self, branches=branches, batch=batch)
@@ -109,6 +115,11 @@ class Weight:
         matrix = wide(self.to_matrix(self.value))
         matrix = adapted_matrix(matrix, [(METHODS[branch.method], branch.leaves) for branch in self.branches])
         return self.from_matrix(matrix).astype(self.value.dtype)
+
+
+def watched_kernel(shape: tuple[int, ...]) -> Kernel:
+    """In place of the geometry that is yet to be found."""
+    return Kernel(shape, (), tuple(range(len(shape))), kind="watched")
 
 
 def is_weight(x: Any) -> bool:
