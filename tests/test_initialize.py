@@ -9,6 +9,7 @@ import jpeft
 import zoo
 from jpeft.initialize import (
     corda,
+    covariance,
     eva,
     loftq,
     lora_ga,
@@ -17,6 +18,7 @@ from jpeft.initialize import (
     on_original_base,
     orthogonal,
     pissa,
+    scaled_gram,
     tap,
     weight_gradients,
 )
@@ -548,3 +550,9 @@ def test_what_cannot_be_tapped_is_told():
         tap(case.fn)(jpeft.attach(case.params, adapter), case.x)
     with pytest.raises(jpeft.LiftError, match="attach an adapter first"):
         tap(case.fn)(case.params, case.x)
+
+
+def test_inputs_that_the_results_do_not_depend_on_are_missed_and_said_to_be():
+    case = zoo.plain(lambda p, x: jnp.argmax(x @ p["w"], -1), w=zoo.normal(8, 5))
+    with pytest.raises(jpeft.KernelError, match="'w' saw no input"):
+        covariance(tapped(case, statistic=scaled_gram))

@@ -81,8 +81,14 @@ def lora_ga(
 def weight_gradients(loss: Callable[..., Array], adapter: Adapter, params: Any, *args: Any) -> dict[str, Array]:
     """The gradients of `loss(params, *args)` with respect to the adapted weights alone, by path.
 
-    Average over batches with `jax.tree.map`; a factor common to all of a weight matters only with `scale="gd_scale"`
-    or `"unit"` or `"stable"`, which keep the gradient's singular values.
+    Average over batches with `jax.tree.map`. Their size matters except with `scale="weight_svd"`: B keeps the singular
+    values.
+
+    Args:
+      loss: a pure function of the params, returning a scalar.
+      adapter: whose weights are meant.
+      params: the base.
+      *args: the batch.
 
     Example:
       >>> import jpeft

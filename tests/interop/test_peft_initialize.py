@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 import jpeft
 from jpeft.initialize import olora, on_original_base, orthogonal, pissa
 from jpeft.tree import flatten
-from jpeft_interop import load_peft, params_from_torch, save_peft
+from jpeft_interop import load_peft, params_from_torch, save_model, save_peft
 from jpeft_interop.models import build, pure
 from peft_twins import base, gpt2, llama, load, perturb
 
@@ -156,6 +156,21 @@ def test_peft_runs_the_export_on_the_original_base(name, rslora, tmp_path):
     ours = ours_logits(module, residual, after, tokens)
     assert np.abs(theirs - logits(module, tokens)).max() > 1e-2
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_peft_runs_the_adapter_on_the_changed_base(tmp_path):
+    """The other way to hand it on: a model folder and an ordinary adapter folder."""
+    module = base(llama)
+    adapter, params = new_adapter(module, {"r": 3, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"]})
+    initial, residual = pissa(adapter, params)
+    after = trained(initial)
+    save_model(tmp_path / "base", residual, module.config, architecture="LlamaForCausalLM")
+    save_peft(tmp_path / "adapter", after, params=residual)
+    changed = type(module).from_pretrained(tmp_path / "base").eval()
+    tokens = np.random.default_rng(0).integers(0, 50, (2, 9))
+    theirs = logits(load(changed, tmp_path / "adapter")[0], tokens)
+    assert np.abs(theirs - logits(load(module, tmp_path / "adapter")[0], tokens)).max() > 1e-2
+    np.testing.assert_allclose(theirs, ours_logits(module, residual, after, tokens), atol=1e-5)
 
 
 def ours_logits(module, params, adapter, tokens):
