@@ -2,6 +2,9 @@
 
 from importlib import metadata as _metadata
 
+from jpeft import algebra as algebra
+from jpeft import initialize as initialize
+from jpeft import xlora as xlora
 from jpeft.adalora import adalora as adalora
 from jpeft.adalora import prune as prune
 from jpeft.adalora import ranks as ranks
@@ -20,6 +23,7 @@ from jpeft.errors import LiftError as LiftError
 from jpeft.errors import MergeError as MergeError
 from jpeft.errors import SpecError as SpecError
 from jpeft.errors import WeightsError as WeightsError
+from jpeft.gates import rows as rows
 from jpeft.geometry import kernels as kernels
 from jpeft.kernel import Kernel as Kernel
 from jpeft.kernel import Kernels as Kernels
@@ -28,6 +32,8 @@ from jpeft.methods.adalora import AdaLoRA as AdaLoRA
 from jpeft.methods.dora import DoRA as DoRA
 from jpeft.methods.ia3 import IA3 as IA3
 from jpeft.methods.lora import LoRA as LoRA
+from jpeft.optimizers import lora_fa as lora_fa
+from jpeft.optimizers import lora_plus as lora_plus
 from jpeft.penalty import penalty as penalty
 from jpeft.save import load as load
 from jpeft.save import save as save

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -19,6 +19,7 @@ from jpeft.site import Site
 from jpeft.tree import nearest
 
 Gates = Array | Mapping[str, Array]
+BASE = "__base__"  # PEFT's word for a row without an adapter
 ROUTABLE = ("lora", "adalora")
 
 
@@ -39,6 +40,27 @@ def as_gates(gates: Any, adapters: int) -> Gates:
             "(rows, ...), the number of the adapter each row gets, -1 for none"
         )
     return gates
+
+
+def rows(names: Sequence[str], adapters: Iterable[str]) -> Array:
+    """The numbers that `attach(..., gates=)` takes, from the name of each row's adapter.
+
+    Args:
+      names: one a row; `__base__` for none.
+      adapters: the names of the adapters, in the order they are attached in; a dict of them will do.
+
+    Raises:
+      SpecError: an unknown name.
+
+    Example:
+      >>> rows(["de", "__base__", "en"], {"en": ..., "de": ...})
+      Array([ 1, -1,  0], dtype=int32)
+    """
+    numbers = {BASE: -1} | {name: number for number, name in enumerate(adapters)}
+    for name in names:
+        if name not in numbers:
+            raise SpecError(f"no adapter is named {name!r}; the nearest are {nearest(name, numbers)}")
+    return jnp.array([numbers[name] for name in names], jnp.int32)
 
 
 def routed_effects(pairs: Sequence[Weighted], gates: Gates) -> dict[str, list[tuple[Effect, Array]]]:

@@ -35,10 +35,13 @@ JPEFT = (
     "kernels",
     "lift",
     "load",
+    "lora_fa",
+    "lora_plus",
     "merge",
     "penalty",
     "prune",
     "ranks",
+    "rows",
     "save",
 )
 
