@@ -9,6 +9,7 @@ import jpeft
 from jpeft.algebra import combine, interpolate, scale, shrink, sparsify, subtract, to_lora
 from jpeft.algebra.combine import KINDS
 from jpeft.kernel import to_matrix
+from jpeft.tree import flatten
 
 KERNELS = jpeft.Kernels(
     (
@@ -47,9 +48,7 @@ def change(*adapters, weights=None):
     """ΔW by path in fp32, of one or of several with weights."""
     zeros = jax.tree.map(jnp.zeros_like, PARAMS)
     applied = jpeft.apply(zeros, list(adapters), weights)
-    return {
-        path: to_matrix(leaf, KERNELS[path]) for path, leaf in jpeft.tree.flatten(applied).items() if path in KERNELS
-    }
+    return {path: to_matrix(leaf, KERNELS[path]) for path, leaf in flatten(applied).items() if path in KERNELS}
 
 
 def assert_close(one, other, atol=2e-5):
@@ -121,10 +120,8 @@ def test_svd_is_the_best_of_its_rank():
         np.testing.assert_allclose(best[path], (u[..., :2] * s[..., None, :2]) @ vh[..., :2, :], atol=2e-5)
 
 
-@pytest.mark.parametrize("kind", SPARSE)
+@pytest.mark.parametrize("kind", ["ties", "ties_svd", "magnitude_prune", "magnitude_prune_svd"])  # dare's masks differ
 def test_a_stack_is_combined_as_its_layers_apart(kind):
-    if kind.startswith("dare"):
-        pytest.skip("a stack draws its masks at once")
     adapters = adapter_of(1, targets=["stack"]), adapter_of(2, targets=["stack"], layers_to_transform=[0, 2])
     together = change(combine(adapters, [0.7, -0.4], kind, **options_of(kind)))["stack/kernel"]
     for layer in range(3):
@@ -161,7 +158,31 @@ def test_dare_keeps_its_share_and_its_expectation():
     draws = jax.vmap(lambda key: sparsify.random(key, x, 0.3))(jax.random.split(jax.random.key(0), 4000))
     assert abs(float((draws != 0).mean()) - 0.3) < 0.01
     np.testing.assert_allclose(draws.mean(0), x, atol=6 * float(jnp.abs(x).max()) * np.sqrt(0.7 / 0.3 / 4000))
-    np.testing.assert_array_equal(jnp.where(draws != 0, draws * 0.3, 0), jnp.where(draws != 0, x, 0))
+    kept = np.asarray(draws) != 0
+    np.testing.assert_allclose(np.asarray(draws)[kept] * 0.3, np.broadcast_to(x, draws.shape)[kept], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("kind", "same"), [("dare_linear", "linear"), ("magnitude_prune", "linear"), ("dare_ties", "ties")]
+)
+def test_pruning_nothing_is_not_pruning(kind, same):
+    adapters = adapter_of(1, targets=["dense"]), adapter_of(2, targets=["dense"])
+    one, other = (combine(adapters, [0.7, -0.4], k, **options_of(k, density=1)) for k in (kind, same))
+    jax.tree.map(np.testing.assert_array_equal, one.trained, other.trained)
+
+
+def test_dare_ties_of_adapters_in_numpy():
+    """The whole of it for A, the masks read off runs in which one adapter acts alone."""
+    adapters = adapter_of(1, targets=["dense"]), adapter_of(2, targets=["dense"])
+    run = lambda kind, w: combine(adapters, w, kind, density=0.6, key=jax.random.key(3)).trained["dense/kernel"]["a"]
+    root = np.sqrt(1.5)
+    pruned = [np.asarray(run("dare_linear", w)) / root for w in ([1, 0], [0, 1])]
+    for mine, adapter in zip(pruned, adapters, strict=True):
+        a = np.asarray(adapter.trained["dense/kernel"]["a"])
+        np.testing.assert_allclose(mine, np.where(mine == 0, 0, a / 0.6), rtol=1e-5)
+    agrees = [np.sign(x) == np.where(sum(pruned) >= 0, 1, -1) for x in pruned]
+    total = root * (np.sqrt(0.7) * pruned[0] * agrees[0] - np.sqrt(0.4) * pruned[1] * agrees[1])
+    np.testing.assert_allclose(run("dare_ties", [0.7, -0.4]), total / np.maximum(sum(agrees, 0), 1), atol=1e-5)
 
 
 def test_dare_is_random_by_its_key_alone_and_different_for_every_tensor():
@@ -174,9 +195,9 @@ def test_dare_is_random_by_its_key_alone_and_different_for_every_tensor():
     assert {round(float(one), 3) for one in ratio.ravel()} == {0.0, 1.0, 2.0}
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_under_jit(kind):
-    adapters = adapter_of(1), adapter_of(2)
+@pytest.mark.parametrize("kind", ["linear", "cat", "svd", "magnitude_prune", "dare_ties_svd"])
+def test_combinations_under_jit(kind):
+    adapters = adapter_of(1, targets=["stack"]), adapter_of(2, targets=["stack"])
     run = lambda adapters, weights: combine(adapters, weights, kind, **options_of(kind))
     weights = jnp.array([0.7, -0.4])
     new = jax.jit(run)(adapters, weights)
@@ -195,10 +216,11 @@ def test_gradients_to_the_weights(kind):
     np.testing.assert_allclose(found, jnp.stack(expected), rtol=1e-2)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["linear", "cat", "svd", "ties", "dare_ties_svd"])
 def test_rank_zero_counts_as_not_adapted(kind):
-    spec = {"rank_pattern": {"dense": 0}}
-    one, nothing, other = adapter_of(1), adapter_of(2, **spec), adapter_of(3, targets=["conv", "stack", "table"])
+    both = {"targets": ["dense", "conv"]}
+    nothing = adapter_of(2, **both, rank_pattern={"dense": 0})
+    one, other = adapter_of(1, **both), adapter_of(3, targets=["conv"])
     found = change(combine([one, nothing], [0.7, -0.4], kind, **options_of(kind)))["dense/kernel"]
     expected = change(combine([one, other], [0.7, -0.4], kind, **options_of(kind)))["dense/kernel"]
     np.testing.assert_allclose(found, expected, atol=1e-6)
@@ -216,14 +238,16 @@ def test_biases_of_b_add_up(kind):
 
 
 def test_bf16_factors_stay_bf16_and_nothing_is_cast_implicitly(strict):
-    spec = jpeft.LoRA(rank=2, targets=".*")
+    spec = jpeft.LoRA(rank=2, targets=["dense"])
     half = jpeft.init(jax.random.key(0), spec, PARAMS, kernels=KERNELS, dtype=jnp.bfloat16)
     half = half.replace(trained=noise(half.trained, 1))
+    run = lambda half: [
+        *(combine([half, half], [0.5, 0.5], kind, **options_of(kind)) for kind in KINDS),
+        *(shrink(half, 1).adapter, to_lora(half, rank=1).adapter, scale(half, 0.5), interpolate(half, half, 0.5)),
+    ]
     with strict():
-        for kind in KINDS:
-            new = combine([half, half], [0.5, 0.5], kind, **options_of(kind))
-            assert {leaf.dtype for leaf in jax.tree.leaves(new.trained)} == {jnp.dtype("bfloat16")}
-        shrink(half, 1), to_lora(half, energy=0.9), scale(half, 0.5), interpolate(half, half, 0.5)
+        results = jax.eval_shape(run, half)
+    assert {leaf.dtype for one in results for leaf in jax.tree.leaves(one.trained)} == {jnp.dtype("bfloat16")}
 
 
 def test_a_shrunk_adapter_is_the_nearest_and_its_error_is_the_truth():
@@ -260,9 +284,9 @@ def test_energy_is_the_share_of_the_squared_singular_values(energy):
     before, (new, errors) = change(adapter), to_lora(adapter, energy=energy)
     for site in new.sites:
         s = np.linalg.svd(np.asarray(before[site.path]), compute_uv=False)[..., :4] ** 2
-        share = np.cumsum(s, -1) / s.sum(-1, keepdims=True)
-        enough = lambda r: (share[..., r - 1] >= energy - 1e-6).all()
-        assert enough(site.rank) and not (site.rank > 1 and enough(site.rank - 1) and energy < 1)
+        share = (np.cumsum(s, -1) / s.sum(-1, keepdims=True)).reshape(-1, s.shape[-1]).min(0)
+        assert share[site.rank - 1] >= energy - 1e-6
+        assert energy == 1 or site.rank == 1 or share[site.rank - 2] < energy
         assert (np.asarray(errors[site.path]) ** 2 <= 1 - energy + 1e-6).all()
 
 
@@ -300,10 +324,10 @@ def test_ia3_adapters_are_added():
     one = adapter_of(1, jpeft.IA3(targets=["dense", "stack"], feedforward=["stack"]))
     two = adapter_of(2, jpeft.IA3(targets=["dense", "table"]))
     new = combine([one, two], [0.7, 0.3], "linear")
-    l = lambda adapter, path, name="l": adapter.trained[path][name]
-    both = 0.7 * l(one, "dense/kernel") + 0.3 * l(two, "dense/kernel")
-    np.testing.assert_allclose(l(new, "dense/kernel"), both, atol=1e-6)
-    np.testing.assert_allclose(l(new, "stack/kernel", "l_in"), 0.7 * l(one, "stack/kernel", "l_in"), atol=1e-6)
+    both = 0.7 * one.trained["dense/kernel"]["l"] + 0.3 * two.trained["dense/kernel"]["l"]
+    np.testing.assert_allclose(new.trained["dense/kernel"]["l"], both, atol=1e-6)
+    single = 0.7 * one.trained["stack/kernel"]["l_in"]
+    np.testing.assert_allclose(new.trained["stack/kernel"]["l_in"], single, atol=1e-6)
     assert new.spec.is_feedforward("stack/kernel") and not new.spec.is_feedforward("dense/kernel")
     again = jpeft.init(jax.random.key(0), new.spec, PARAMS, kernels=KERNELS)
     assert again.sites == new.sites

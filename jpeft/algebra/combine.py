@@ -59,6 +59,7 @@ Kind = Literal[
     "magnitude_prune_svd",
 ]
 KINDS: tuple[str, ...] = get_args(Kind)
+Group = list[tuple[Site, Term, Array]]
 
 
 class _How(NamedTuple):
@@ -92,8 +93,8 @@ def combine(
     """One LoRA for several, weighted; equal to PEFT 0.21.2's `add_weighted_adapter`.
 
     A weight of the model that only some of them adapt gets what those do. A kernel of rank 0 counts as not adapted.
-    Of stacked kernels, each matrix is combined by itself. `linear` and `cat` are differentiable in the weights; all
-    kinds run under jit.
+    Of stacked kernels, each matrix is combined by itself; where a smaller rank was padded to the stack's, the zeros
+    count as entries to prune. `linear` and `cat` are differentiable in the weights; all kinds run under jit.
 
     Where PEFT is wrong, this is not PEFT: rsLoRA gives scaling 1 here (there √r too much); a bias of B adds up exactly
     with `linear`, `cat` and `svd` (there it is lost); a single adapter is pruned and cut as asked (there it is always
@@ -122,7 +123,7 @@ def combine(
       >>> combine([one, two], [0.7, -0.3], "cat").spec.rank
       4
     """
-    pairs = weighted_adapters(adapters, 1 if weights is None and isinstance(adapters, Adapter) else weights)
+    pairs = weighted_adapters(adapters, weights)
     if not pairs:
         raise SpecError("combine takes at least one adapter; found none")
     how = _how(pairs, kind, density, majority_sign, rank, key)
@@ -130,16 +131,21 @@ def combine(
         if kind != "linear":
             raise SpecError(f"IA3 adapters are added: kind='linear'; found {kind!r}")
         return combine_ia3(pairs)
-    for adapter, _ in pairs:
-        check_lora(adapter, "combine")
-    groups: dict[str, list[tuple[Site, Term, Array]]] = {}
-    for adapter, weight in pairs:
-        for site in adapter.sites:
-            entry = site, term(adapter, site), jnp.asarray(1 if weight is None else weight, jnp.float32)
-            groups.setdefault(site.path, []).append(entry)
+    groups = _groups(pairs)
     parts = [_part(path, group, how.at(path)) for path, group in groups.items()]
     specs: list[Any] = [adapter.spec for adapter, _ in pairs]
     return lora_from(parts, same_targets(specs[0], specs[1:], groups))
+
+
+def _groups(pairs: Sequence[Weighted]) -> dict[str, Group]:
+    """What each adapter does at each weight, and how much of it is wanted."""
+    groups: dict[str, Group] = {}
+    for adapter, weight in pairs:
+        check_lora(adapter, "combine")
+        amount = jnp.asarray(1 if weight is None else weight, jnp.float32)
+        for site in adapter.sites:
+            groups.setdefault(site.path, []).append((site, term(adapter, site), amount))
+    return groups
 
 
 def _how(
@@ -174,7 +180,7 @@ def _largest_rank(spec: LoRA) -> int:
     return max(spec.rank, *(rank for _, rank in frozen_mapping(spec.rank_pattern)), 0)
 
 
-def _part(path: str, group: Sequence[tuple[Site, Term, Array]], how: _How) -> Part:
+def _part(path: str, group: Group, how: _How) -> Part:
     """The combination at one weight."""
     site = check_same_kernel(site for site, *_ in group)
     acting = [(site, one, weight) for site, one, weight in group if one.rank > 0] or group[:1]

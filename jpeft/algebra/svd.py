@@ -18,6 +18,8 @@ __all__ = ["SVD", "factors", "lost", "rank_for", "svd", "thin_svd"]
 
 def thin_svd(a: Array, b: Array) -> SVD:
     """The SVD of `A B` for A (*batch, in, r) and B (*batch, r, out): min(in, r, out) directions."""
+    if a.shape[-1] == 0:  # argmax and the like refuse what is empty
+        return SVD(a, a[..., 0, :], b)
     dot = lambda x, y: jnp.matmul(x, y, precision="highest")
     q_a, r_a = jnp.linalg.qr(a)
     q_b, r_b = jnp.linalg.qr(b.mT)
@@ -41,12 +43,12 @@ def lost(s: Array, rank: int) -> Array:
 def rank_for(s: Array, energy: float) -> int:
     """The fewest directions that hold this share of Σ σ², as PEFT counts; of a stack, enough for every matrix.
 
-    Not under jit: a rank is a shape.
+    Not under jit: a rank is a shape. A change of zero needs no direction (PEFT gives it one).
     """
     if not 0 < energy <= 1:
         raise SpecError(f"energy is a share of the squared singular values, in (0, 1]; found {energy}")
-    cumulative = np.cumsum(np.asarray(s, np.float32) ** 2, -1).reshape(-1, s.shape[-1])
-    if cumulative.shape[-1] == 0:
+    if s.size == 0:
         return 0
+    cumulative = np.cumsum(np.asarray(s, np.float32) ** 2, -1).reshape(-1, s.shape[-1])
     needed = [int(np.searchsorted(one, np.float32(energy) * one[-1])) + 1 for one in cumulative if one[-1] > 0]
     return min(max(needed, default=0), s.shape[-1])

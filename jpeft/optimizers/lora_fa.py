@@ -92,8 +92,7 @@ def lora_fa(
             raise SpecError("lora_fa decays the leaves: call update(gradients, state, adapter.trained)")
         step = state.step + 1
         g = _without_a(_corrected(gradients, state.corrections, sites), sites)
-        m = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.m, g)
-        v = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g * g, state.v, g)
+        m, v = _moments(state, g, b1, b2)
         rate = learning_rate(state.step) if callable(learning_rate) else learning_rate
         size = rate * jnp.sqrt(_one_minus_power(b2, step)) / _one_minus_power(b1, step)
 
@@ -145,6 +144,12 @@ def _corrected(gradients: Part, corrections: dict[str, Array], sites: dict[str, 
         corrected = jnp.matmul(correction, matrix, precision="highest").reshape(g.shape).astype(g.dtype)
         new[path] = gradients[path] | {"b": corrected}
     return new
+
+
+def _moments(state: LoRAFAState, g: Part, b1: float, b2: float) -> tuple[Part, Part]:
+    m = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.m, g)
+    v = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g * g, state.v, g)
+    return m, v
 
 
 def _without_a(leaves: Part, sites: dict[str, Site]) -> Part:

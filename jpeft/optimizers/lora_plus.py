@@ -39,6 +39,9 @@ def lora_plus(
     | a bias, of B or trained whole | `ratio * learning_rate` | no |
     | A and B of an embedding | `embedding_learning_rate` | yes |
 
+    A leaf trained whole is judged by its own axes: where layers are stacked, a norm's scales are a matrix here. Of
+    vectors that are no biases, PEFT decays those that are not in a LayerNorm; what they are in can't be seen here.
+
     Args:
       adapter: whose leaves are grouped; its arrays are not read.
       learning_rate: η, a number or an optax schedule.

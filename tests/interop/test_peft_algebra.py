@@ -14,7 +14,7 @@ from jpeft.algebra import combine
 from jpeft.algebra.svd import factors, rank_for, svd
 from jpeft.tree import flatten
 from jpeft_interop import load_peft, params_from_torch, save_peft
-from peft_twins import base, gpt2, llama, perturb, save
+from peft_twins import base, bert, gpt2, llama, perturb, save
 
 EXACT = ["linear", "cat", "ties", "magnitude_prune"]
 BY_SVD = ["svd", "ties_svd", "magnitude_prune_svd"]
@@ -242,3 +242,25 @@ def ia3_here(model, params, name, config):
         value = state[f"base_model.model.{module}.ia3_l.{name}"].detach().numpy().ravel()
         trained[path] = {leaf: jax.numpy.asarray(value) for leaf in leaves}
     return new.replace(trained=trained)
+
+
+def test_one_adapter_is_pruned_as_asked_which_peft_does_not(twins):
+    params, model, adapters = twins["llama"]
+    ours = jpeft.apply(params, combine(adapters[:1], [0.7], "magnitude_prune", density=0.5))
+    model = copy.deepcopy(model)
+    added(model, ["a0"], [0.7], "magnitude_prune", density=0.5)
+    linear = jpeft.apply(params, combine(adapters[:1], [0.7], "linear"))
+    assert largest_difference(merged(model), linear) <= 1e-5
+    assert largest_difference(ours, linear) > 1e-2
+
+
+def test_a_bias_of_b_is_kept_which_peft_loses(tmp_path):
+    configs = [{"r": 4, "lora_bias": True, "target_modules": ["query"]} for _ in range(2)]
+    module = base(bert)
+    params = params_from_torch(module)
+    model = several(module, configs)
+    adapters = loaded(model, configs, params, tmp_path)
+    expected = jpeft.apply(params, adapters, weights=[0.5, 0.25])
+    assert largest_difference(jpeft.apply(params, combine(adapters, [0.5, 0.25], "cat")), expected) <= 1e-5
+    added(model, ["a0", "a1"], [0.5, 0.25], "cat")
+    assert largest_difference(merged(model), expected) > 1e-3
