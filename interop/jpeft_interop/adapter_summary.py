@@ -17,8 +17,8 @@ from jpeft.methods import METHODS
 from jpeft.tree import dotted, module_of
 from jpeft_interop.json_file import read_json_object
 from jpeft_interop.load_peft import CONFIG, WEIGHTS, read_peft_config
-from jpeft_interop.lora_keys import split_key
-from jpeft_interop.peft_config import DEFAULTS
+from jpeft_interop.peft_keys import KEYS, PREFIX, keys_of
+from jpeft_interop.peft_types import type_of
 from jpeft_interop.safetensors_file import read_safetensors
 
 
@@ -36,7 +36,7 @@ class Factors:
       dtype: of both, or of each.
       norm_a: the Frobenius norm of A.
       norm_b: that of B.
-      norm: that of the change, `s A B`.
+      norm: that of the change: `s A B`, of an AdaLoRA `s A diag(E) B`, of a DoRA before its magnitudes.
       size: the number of entries.
     """
 
@@ -55,7 +55,7 @@ class Factors:
 
 @dataclass(frozen=True)
 class Plain:
-    """A param that is trained whole, or a bias: its name, shape, dtype, Frobenius norm, and number of entries."""
+    """An array beside the pairs (a vector, a bias, a param trained whole): name, shape, dtype, Frobenius norm, size."""
 
     name: str
     shape: tuple[int, ...]
@@ -71,8 +71,8 @@ class Summary:
     Attributes:
       kind: what kind of file or folder it is.
       config: the fields that differ from their defaults.
-      factors: one record a module.
-      plain: one a param beside them.
+      factors: one record a module with low-rank factors.
+      plain: one an array beside them.
     """
 
     kind: str
@@ -101,22 +101,22 @@ def summarise(path: str | os.PathLike[str]) -> Summary:
 
 
 def _of_folder(folder: Path) -> Summary:
-    spec = read_peft_config(folder).spec
-    found = read_json_object(folder / CONFIG)
-    config = {name: value for name, value in sorted(found.items()) if value != DEFAULTS.get(name)}
-    tensors, _ = read_safetensors(folder / WEIGHTS)
+    spec, file = read_peft_config(folder).spec, folder / WEIGHTS
+    found, kind, keys = read_json_object(folder / CONFIG), type_of(spec), keys_of(spec)
+    defaults = kind.defaults if kind else {}
+    config = {name: value for name, value in sorted(found.items()) if value != defaults.get(name)}
+    tensors, _ = read_safetensors(file)
     modules: dict[str, dict[str, np.ndarray]] = {}
     plain: list[Plain] = []
     for key, tensor in tensors.items():
-        name, leaf = split_key(key, str(folder / WEIGHTS))
-        if leaf in ("a", "b"):
+        name, leaf = keys.split(key, str(file))
+        if leaf in ("a", "b", "e"):
             modules.setdefault(name, {})[leaf] = tensor
-        else:
-            plain.append(_plain(_told(name) if leaf is None else f"{name}.lora_B.bias", tensor))
-    factors = tuple(
-        _pair(name, leaves, spec, folder / WEIGHTS) for name, leaves in sorted(modules.items(), key=_numbered)
-    )
-    return Summary("PEFT folder, LoRA", config, factors, tuple(sorted(plain, key=lambda one: _numbered((one.name,)))))
+        if leaf not in ("a", "b"):
+            plain.append(_plain(_told(key.removeprefix(PREFIX)), tensor))
+    factors = tuple(_pair(name, leaves, spec, file) for name, leaves in sorted(modules.items(), key=_numbered))
+    plain.sort(key=lambda one: _numbered((one.name,)))
+    return Summary(f"PEFT folder, {type(spec).__name__}", config, factors, tuple(plain))
 
 
 def _told(name: str) -> str:
@@ -129,18 +129,26 @@ def _numbered(named: Sequence[Any]) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in named[0].split(".")]
 
 
-def _pair(module: str, leaves: Mapping[str, np.ndarray], spec: jpeft.LoRA, file: Path) -> Factors:
+def _pair(module: str, leaves: Mapping[str, np.ndarray], spec: Any, file: Path) -> Factors:
     """torch's A (r, in, …) and B (out, r, …) as matrices (in, r) and (r, out)."""
-    if set(leaves) != {"a", "b"}:
+    if not {"a", "b"} <= leaves.keys():
         raise AdapterError(f"{file}: {module!r} has only its factor {next(iter(leaves)).upper()}")
     rank, width = leaves["a"].shape[0], leaves["b"].shape[1] if leaves["b"].ndim > 1 else None
-    if width != rank:
-        found = f"A of shape {leaves['a'].shape} and B of shape {leaves['b'].shape}"
+    if width != rank or ("e" in leaves and leaves["e"].size != rank):
+        found = " and ".join(f"{name.upper()} of shape {leaf.shape}" for name, leaf in leaves.items())
         raise AdapterError(f"{file}: {module!r}: {found} have no rank in common")
     a = leaves["a"].reshape(rank, math.prod(leaves["a"].shape[1:])).T
     b = leaves["b"].reshape(leaves["b"].shape[0], -1).T if rank else leaves["b"].T
-    scaling = spec.scaling(rank, spec.alpha_of(module))
-    return _factors(module, spec.alpha_of(module), np.asarray(scaling), a, b, leaves)
+    alpha = _alpha(spec, module)
+    scaling = spec.scaling if spec.method == "adalora" else spec.scaling(rank, alpha)
+    e = leaves["e"].reshape(rank) if "e" in leaves else None
+    return _factors(module, alpha, np.asarray(scaling), a, b, e, leaves)
+
+
+def _alpha(spec: Any, module: str) -> float:
+    if spec.method == "adalora":
+        return spec.rank if spec.alpha is None else spec.alpha
+    return spec.alpha_of(module)
 
 
 def _of_file(file: Path) -> Summary:
@@ -149,15 +157,19 @@ def _of_file(file: Path) -> Summary:
     factors: list[Factors] = []
     plain: list[Plain] = []
     for site in adapter.sites:
-        leaves = {name: np.asarray(leaf) for name, leaf in adapter.leaves(site.path).items()}
-        if site.method != "lora":
+        leaves = {name: np.asarray(leaf) for name, leaf in adapter.trained[site.path].items()}
+        if site.method == "replacement":
             plain += [_plain(dotted(site.path), leaf) for leaf in leaves.values()]
             continue
-        matrices = METHODS[site.method].matrices(adapter.leaves(site.path), site.kernel)
-        a, b, scaling = (np.asarray(matrices[name]) for name in ("a", "b", "scaling"))
         module = dotted(module_of(site.path))
-        factors.append(_factors(module, spec.alpha_of(module_of(site.path)), scaling, a, b, leaves))
-        plain += [_plain(f"{module}.lora_B.bias", leaves["bias"])] if "bias" in leaves else []
+        if "a" in leaves:
+            matrices = METHODS[site.method].matrices(adapter.leaves(site.path), site.kernel)
+            a, b, scaling = (np.asarray(matrices[name]) for name in ("a", "b", "scaling"))
+            alpha, e = _alpha(spec, module_of(site.path)), leaves.get("e")
+            factors.append(_factors(module, alpha, scaling, a, b, e, leaves))
+        suffixes = {"l_in": ".ia3_l"} | dict(KEYS[site.method].suffixes) if site.method in KEYS else {}
+        others = [name for name in leaves if name not in ("a", "b")]
+        plain += [_plain(f"{module}{suffixes.get(name, f'.{name}')}", leaves[name]) for name in others]
     factors.sort(key=lambda one: _numbered((one.module,)))
     return Summary(f"jpeft file, {type(spec).__name__}", _differing(spec), tuple(factors), tuple(plain))
 
@@ -168,12 +180,19 @@ def _differing(spec: Any) -> dict[str, Any]:
 
 
 def _factors(
-    module: str, alpha: float, scaling: np.ndarray, a: np.ndarray, b: np.ndarray, stored: Mapping[str, np.ndarray]
+    module: str,
+    alpha: float,
+    scaling: np.ndarray,
+    a: np.ndarray,
+    b: np.ndarray,
+    e: np.ndarray | None,
+    stored: Mapping[str, np.ndarray],
 ) -> Factors:
     dtypes = dict.fromkeys(str(stored[name].dtype) for name in ("a", "b"))
     sizes = stored["a"].size + stored["b"].size
     largest = float(np.max(scaling, initial=0.0))
-    norms = _norm(stored["a"]), _norm(stored["b"]), _norm_of_product(scaling, a, b)
+    acting = a if e is None else a * e[..., None, :]
+    norms = _norm(stored["a"]), _norm(stored["b"]), _norm_of_product(scaling, acting, b)
     shapes = stored["a"].shape, stored["b"].shape
     return Factors(module, a.shape[-1], alpha, largest, *shapes, " ".join(dtypes), *norms, sizes)
 

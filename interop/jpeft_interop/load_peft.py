@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-import jpeft
 from jpeft.adapter import Adapter, Meta
-from jpeft.site import Site
 from jpeft.errors import AdapterError
 from jpeft.kernel import Kernel
+from jpeft.methods import METHODS
+from jpeft.site import Site
+from jpeft.spec import Spec
 from jpeft.targets import ALL_LINEAR, is_kept, names_module
 from jpeft.tree import dotted, flatten, nearest
+from jpeft_interop.ia3_keys import as_peft_reads, bias_of_head
 from jpeft_interop.json_file import read_json_object
 from jpeft_interop.layout import Entry, Index, Layout, default_layout, find, invert, leaf_from_torch
-from jpeft_interop.lora_keys import PREFIX, Leaves, from_file, keys_of, shapes, split_key
+from jpeft_interop.lora_keys import Leaves
 from jpeft_interop.peft_config import PeftConfig, read_config
+from jpeft_interop.peft_keys import PREFIX, Keys, Spot, keys_of
 from jpeft_interop.safetensors_file import read_safetensors
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -55,7 +58,7 @@ def read_peft_config(folder: str | os.PathLike[str]) -> PeftConfig:
     """The `adapter_config.json` of a folder, checked.
 
     Raises:
-      AdapterError: it is not there, or not one of a LoRA that can be done here.
+      AdapterError: it is not there, or not one that can be done here.
     """
     file = Path(folder) / CONFIG
     if not file.exists():
@@ -77,12 +80,18 @@ def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
     return dict(tensors)
 
 
-class _Matrix(NamedTuple):
-    """The factors of one matrix in the file."""
+@dataclass(frozen=True)
+class _Matrix:
+    """What the file has of one matrix."""
 
-    module: str
+    spot: Spot
     leaves: Leaves
     use: str | None
+
+    @property
+    def rank(self) -> int:
+        """r; 0 where the method has none."""
+        return self.leaves["a"].shape[0] if "a" in self.leaves else 0
 
 
 @dataclass(frozen=True)
@@ -97,46 +106,52 @@ class _Reading:
     tensors: Mapping[str, np.ndarray]
 
     @property
-    def spec(self) -> jpeft.LoRA:
+    def spec(self) -> Any:
         return self.config.spec
+
+    @property
+    def keys(self) -> Keys:
+        return keys_of(self.spec)
 
     def adapter(self) -> Adapter:
         factors, plain = self._sorted()
         by_path = self._by_path(factors)
         self._check_targets(factors)
-        parts = [self._lora(path, found) for path, found in by_path.items()]
+        parts = [self._adapted(path, found) for path, found in by_path.items()]
         parts += [self._replaced(name, key) for name, key in self._params_of(plain, factors).items()]
         self._check_biases({site.path for site, _, _ in parts})
         sites = tuple(sorted((site for site, _, _ in parts), key=lambda site: site.path))
         trained = {site.path: {n: jnp.asarray(leaf) for n, leaf in leaves.items()} for site, leaves, _ in parts}
-        constant = {site.path: {"scaling": jnp.asarray(s)} for site, _, s in parts if s is not None}
-        return Adapter(trained, constant, Meta(self.spec, sites))
+        constant = {site.path: {n: jnp.asarray(leaf) for n, leaf in held.items()} for site, _, held in parts if held}
+        return Adapter(trained, constant, Meta(self._spec_here(factors), sites))
+
+    def _spec_here(self, factors: Mapping[str, Leaves]) -> Spec:
+        return as_peft_reads(self.spec, factors)
 
     def _sorted(self) -> tuple[dict[str, Leaves], dict[str, str]]:
         """Factors by torch module, and the other keys by the name of the param that they are for."""
         factors: dict[str, Leaves] = {}
         plain: dict[str, str] = {}
         for key, tensor in self.tensors.items():
-            name, leaf = split_key(key, self.file)
+            name, leaf = self.keys.split(key, self.file)
             if leaf is None:
                 plain[name] = key
-            else:
-                factors.setdefault(name, {})[leaf] = tensor
-        for module, leaves in factors.items():
-            self._check_pair(module, leaves)
+                continue
+            if leaf in factors.setdefault(name, {}):
+                raise AdapterError(f"{self.file}: key {key!r}: the file has another for the same factor")
+            factors[name][leaf] = tensor
         return factors, plain
 
-    def _check_pair(self, module: str, leaves: Leaves) -> None:
-        embedding = (
-            f"{PREFIX}{module}.lora_embedding_A" in self.tensors or f"{PREFIX}{module}.lora_embedding_B" in self.tensors
-        )
-        names = keys_of(module, embedding)
-        needed = ("a", "b", "bias") if self.spec.factor_bias and not embedding else ("a", "b")
-        for leaf in needed:
-            if names[leaf] not in self.tensors:
-                raise AdapterError(f"{self.file}: key {names[leaf]!r} is missing; the others of that module are there")
-        if "bias" in leaves and not self.spec.factor_bias:
-            raise AdapterError(f"{self.file}: key {names['bias']!r} is unexpected: 'lora_bias' is false in {CONFIG}")
+    def _check_complete(self, spot: Spot, leaves: Leaves) -> None:
+        """The keys are those of such a weight, all of them."""
+        names = self.keys.names(spot)
+        has_bias = getattr(self.spec, "factor_bias", False) and not spot.is_lookup
+        for leaf, key in names.items():
+            if key not in self.tensors and (leaf != "bias" or has_bias):
+                raise AdapterError(f"{self.file}: key {key!r} is missing; the others of that module are there")
+        if "bias" in leaves and not has_bias:
+            key = f"{PREFIX}{spot.module}{self.keys.suffixes['bias']}"
+            raise AdapterError(f"{self.file}: key {key!r} is unexpected: 'lora_bias' is false in {CONFIG}")
 
     def _check_targets(self, factors: Mapping[str, Leaves]) -> None:
         """The config's targets and the file's modules are the same."""
@@ -149,7 +164,7 @@ class _Reading:
                 continue
             path = f"{module}/weight".replace(".", "/")
             targeted = names_module(where.targets, module) and is_kept(where, path, kernel)
-            if targeted and module not in factors and self.spec.rank_of(module) > 0:
+            if targeted and module not in factors and (self.keys.has_rank_zero or self.spec.rank_of(module) > 0):
                 raise AdapterError(
                     f"{self.file}: {module!r} is a target in {CONFIG}, and its factors are missing from the file"
                 )
@@ -162,52 +177,73 @@ class _Reading:
         """The factors of each weight, by index on its batch axes."""
         found: dict[str, dict[Index, _Matrix]] = {}
         for module, leaves in factors.items():
-            told = f"{PREFIX}{module}.lora_A.weight"
+            told = f"{PREFIX}{module}{next(iter(self.keys.suffixes.values()))}"
             entry = find(self.entries, f"{module}.weight", self.file, told)
-            one = _Matrix(module, leaves, entry.use)
+            one = _Matrix(self._spot(module, entry), leaves, entry.use)
+            self._check_complete(one.spot, leaves)
             group = found.setdefault(entry.path, {})
             group[entry.index] = self._both_uses(entry.path, group[entry.index], one) if entry.index in group else one
         return found
+
+    def _spot(self, module: str, entry: Entry) -> Spot:
+        kernel = self.layout[entry.path].kernel
+        if kernel is None:
+            raise AdapterError(f"{self.file}: {entry.path!r} has factors, and the layout gives it no axes (a kernel)")
+        as_head = entry.use == "product"
+        spot = Spot(module, kernel, as_head, bias_of_head(module, self.layout) if as_head else None)
+        if (reason := self.keys.why_not(spot)) is not None:
+            raise AdapterError(f"{self.file}: {module!r} can't be loaded: {reason}")
+        return spot
 
     def _both_uses(self, path: str, one: _Matrix, other: _Matrix) -> _Matrix:
         """A tied weight with the same change on either side is adapted in all its uses."""
         embedding, head = (one, other) if one.use == "lookup" else (other, one)
         pairs = ((embedding.leaves["a"], head.leaves["b"].T), (embedding.leaves["b"], head.leaves["a"].T))
-        same_scale = self.spec.alpha_of(one.module) == self.spec.alpha_of(other.module)
+        same_scale = self.spec.alpha_of(one.spot.module) == self.spec.alpha_of(other.spot.module)
         if not same_scale or not all(np.array_equal(x, y) for x, y in pairs):
             raise AdapterError(
-                f"{self.file}: {one.module!r} and {other.module!r} are one tied weight, {path!r}, with different "
-                "factors; an adapter holds one change of a weight: save them as two adapters"
+                f"{self.file}: {one.spot.module!r} and {other.spot.module!r} are one tied weight, {path!r}, with "
+                "different factors; an adapter holds one change of a weight: save them as two adapters"
             )
-        return embedding._replace(use=None)
+        return replace(embedding, use=None)
 
-    def _lora(self, path: str, found: Mapping[Index, _Matrix]) -> tuple[Site, Leaves, np.ndarray]:
-        kernel = self.layout[path].kernel
-        if kernel is None:
-            raise AdapterError(f"{self.file}: {path!r} has factors, and the layout gives it no axes (a kernel)")
-        ranks = {one.leaves["a"].shape[0] for one in found.values()}
-        if len(ranks) != 1:
+    def _adapted(self, path: str, found: Mapping[Index, _Matrix]) -> tuple[Site, Leaves, Leaves]:
+        """The site of one weight, its trained leaves, and its constant ones."""
+        first = next(iter(found.values()))
+        kernel, ranks = first.spot.kernel, {one.rank for one in found.values()}
+        rank = max(ranks)
+        if len(ranks) != 1 and self.spec.method != "adalora":
             raise AdapterError(f"{self.file}: the layers stacked in {path!r} have different ranks, {sorted(ranks)}")
-        rank, use = ranks.pop(), next(iter(found.values())).use
-        scaling = np.zeros(kernel.batch_shape, np.float32)
         stacked: Leaves = {}
         for index, one in found.items():
-            as_head = one.use == "product"
-            self._check_shapes(one.module, one.leaves, kernel, rank, as_head)
-            scaling[index] = self.spec.scaling(rank, self.spec.alpha_of(one.module))
-            for name, leaf in from_file(one.leaves, kernel, as_head).items():
+            self._check_shapes(one)
+            leaves = self.keys.from_file(self.spec, one.leaves, one.spot)
+            for name, leaf in (_padded(leaves, rank) if len(ranks) != 1 else leaves).items():
                 whole = stacked.setdefault(name, np.zeros((*kernel.batch_shape, *leaf.shape), leaf.dtype))
                 whole[index] = leaf
-        return Site(path, "lora", kernel, rank, _layers(kernel, found, self.file, path), use), stacked, scaling
+        if {"l", "l_in"} <= stacked.keys():
+            raise AdapterError(f"{self.file}: of the layers stacked in {path!r} some are scaled at the input, some not")
+        site = Site(path, self.spec.method, kernel, rank, _layers(kernel, found, self.file, path), first.use)
+        return site, stacked, self._constant(site, found)
 
-    def _check_shapes(self, module: str, leaves: Leaves, kernel: Kernel, rank: int, as_head: bool) -> None:
-        wanted = shapes(kernel, self.spec.rank_of(module), as_head)
-        names = keys_of(module, kernel.kind == "embedding" and not as_head)
-        for leaf, tensor in leaves.items():
+    def _constant(self, site: Site, found: Mapping[Index, _Matrix]) -> Leaves:
+        """What the method holds beside what it trains: the scaling by torch's names, which patterns are in."""
+        held = {name: np.asarray(leaf) for name, leaf in METHODS[site.method].constant(self.spec, site).items()}
+        if self.keys.scaling is not None:
+            scaling = np.zeros(site.kernel.batch_shape, np.float32)
+            for index, one in found.items():
+                scaling[index] = self.keys.scaling(self.spec, one.spot.module)
+            held["scaling"] = scaling
+        return held
+
+    def _check_shapes(self, one: _Matrix) -> None:
+        wanted, names = self.keys.shapes(self.spec, one.spot), self.keys.names(one.spot)
+        rank = f"rank {self.spec.rank_of(one.spot.module)} on " if "a" in wanted else ""
+        for leaf, tensor in one.leaves.items():
             if tensor.shape != wanted[leaf]:
                 raise AdapterError(
-                    f"{self.file}: key {names.get(leaf, module)!r}: expected shape {wanted[leaf]} (rank "
-                    f"{self.spec.rank_of(module)} on a weight of shape {kernel.shape}), found {tensor.shape}"
+                    f"{self.file}: key {names[leaf]!r}: expected shape {wanted[leaf]} ({rank}a weight of shape "
+                    f"{one.spot.kernel.shape}), found {tensor.shape}"
                 )
 
     def _params_of(self, plain: Mapping[str, str], factors: Mapping[str, Leaves]) -> dict[str, str]:
@@ -244,7 +280,7 @@ class _Reading:
                 "the adapter was trained on another base (a resized vocabulary?); load that base"
             )
 
-    def _replaced(self, name: str, key: str) -> tuple[Site, Leaves, None]:
+    def _replaced(self, name: str, key: str) -> tuple[Site, Leaves, Leaves]:
         entry = find(self.entries, name, self.file, key)
         place = self.layout[entry.path]
         if entry.use is not None or entry.index:
@@ -259,7 +295,7 @@ class _Reading:
                 f"{self.file}: key {key!r}: expected a tensor for {entry.path!r} of shape {wanted}, found {value.shape}"
             )
         kernel = Kernel(wanted, (), tuple(range(len(wanted))), kind="replacement")
-        return Site(entry.path, "replacement", kernel), {"value": value}, None
+        return Site(entry.path, "replacement", kernel), {"value": value}, {}
 
     def _check_biases(self, found: set[str]) -> None:
         """With `bias` set, every bias that PEFT trains is in the file."""
@@ -273,6 +309,12 @@ class _Reading:
                     f"{self.file}: 'bias' is {self.spec.bias!r} in {CONFIG}, and {PREFIX + key!r} is missing; the file "
                     f"has {nearest(PREFIX + key, self.tensors)}"
                 )
+
+
+def _padded(leaves: Leaves, rank: int) -> Leaves:
+    """Factors of an AdaLoRA, with directions that are zero added to have so many."""
+    wider = lambda leaf, axis: np.pad(leaf, [(0, rank - leaf.shape[i] if i == axis else 0) for i in range(leaf.ndim)])
+    return {"a": wider(leaves["a"], leaves["a"].ndim - 1), "b": wider(leaves["b"], 0), "e": wider(leaves["e"], 0)}
 
 
 def _layers(kernel: Kernel, found: Mapping[Index, Any], file: str, path: str) -> tuple[int, ...] | None:

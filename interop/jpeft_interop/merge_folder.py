@@ -20,8 +20,8 @@ from jax import Array
 
 import jpeft
 from jpeft.adapter import Meta
-from jpeft.site import Site
 from jpeft.errors import MergeError, WeightsError
+from jpeft.site import Site
 from jpeft.tree import flatten, module_of
 from jpeft_interop.any_adapter import load_adapter
 from jpeft_interop.arrays import host, is_finite, own
@@ -37,6 +37,8 @@ from jpeft_interop.weights import Weights, read_weights
 UNTIE = "tie_word_embeddings"
 MODULE = "module"
 BLOCK = 1 << 22  # entries of a weight that are worked on at once
+COLUMNWISE = ("lora", "dora", "adalora", "ia3")  # methods that change each column of W for itself
+WHOLE = ("a", "e", "l_in")  # leaves without an axis for these columns
 
 Beside = tuple[tuple[str, tuple[int, ...]], ...]
 
@@ -182,16 +184,18 @@ def _sites(adapter: jpeft.Adapter, leaves: Mapping[str, Any]) -> dict[str, list[
     found: dict[str, list[Site]] = {}
     for site in adapter.sites:
         found.setdefault(site.path, []).append(site)
-        if _brings_bias(adapter, site):
-            bias = f"{module_of(site.path)}/bias"
-            if bias not in leaves:
+        bias = f"{module_of(site.path)}/bias"
+        if _changes_bias(adapter, site):
+            if bias not in leaves and "bias" in adapter.leaves(site.path):
                 raise MergeError(f"the adapter adds a bias to {site.path!r}, and the model has no {bias!r} to hold it")
-            found.setdefault(bias, []).append(site)
+            if bias in leaves:
+                found.setdefault(bias, []).append(site)
     return found
 
 
-def _brings_bias(adapter: jpeft.Adapter, site: Site) -> bool:
-    return "bias" in adapter.leaves(site.path)
+def _changes_bias(adapter: jpeft.Adapter, site: Site) -> bool:
+    """Whether the layer's bias is added to (LoRA's bias of B), or scaled with the result (IA³)."""
+    return bool({"bias", "l"} & adapter.trained[site.path].keys())
 
 
 def _turned(leaf: Lazy) -> Lazy:
@@ -211,7 +215,8 @@ def _counted(leaf: Lazy, on_tensor: Callable[[], None]) -> Lazy:
 def _leaf(base: _Base, path: str, name: str, adapter: jpeft.Adapter, sites: tuple[Site, ...]) -> Lazy:
     """The leaf at `path` with what the sites do to it; `name` is what errors call it."""
     array, part = base.leaves[path], _part(adapter, sites)
-    neighbours = {f"{module_of(site.path)}/bias" for site in sites if _brings_bias(adapter, site)}
+    biases = {f"{module_of(site.path)}/bias" for site in sites if _changes_bias(adapter, site)}
+    neighbours = biases & base.leaves.keys()
     neighbours |= {site.path for site in sites}
     beside = tuple(sorted((_name(one), base.leaves[one].shape) for one in neighbours if one != path))
 
@@ -254,7 +259,7 @@ def _run(array: np.ndarray, adapter: jpeft.Adapter, leaf: str, beside: Beside, e
 
 def _blocks(array: np.ndarray, adapter: jpeft.Adapter) -> list[slice]:
     """Parts of the output axis that are small enough for the fp32 work on them; all of it where there is more to it."""
-    plain = all(site.method == "lora" and site.kernel.output == (array.ndim - 1,) for site in adapter.sites)
+    plain = all(site.method in COLUMNWISE and site.kernel.output == (array.ndim - 1,) for site in adapter.sites)
     if array.size <= BLOCK or array.ndim != 2 or not plain:
         return [slice(None)]
     rows, width = array.shape
@@ -263,8 +268,8 @@ def _blocks(array: np.ndarray, adapter: jpeft.Adapter) -> list[slice]:
 
 
 def _narrowed(adapter: jpeft.Adapter, columns: slice) -> jpeft.Adapter:
-    """A LoRA on some columns of W: A, and these columns of B."""
-    cut = lambda leaves: {name: leaf if name == "a" else leaf[..., columns] for name, leaf in leaves.items()}
+    """An adapter on some columns of W: what is by rank or input feature whole, these columns of all else."""
+    cut = lambda leaves: {name: leaf if name in WHOLE else leaf[..., columns] for name, leaf in leaves.items()}
     width = columns.stop - columns.start
     kernel = lambda site: replace(site.kernel, shape=(*site.kernel.shape[:-1], width))
     sites = tuple(replace(site, kernel=kernel(site)) for site in adapter.sites)

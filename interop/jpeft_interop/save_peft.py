@@ -12,19 +12,19 @@ from typing import Any, NamedTuple
 import numpy as np
 from safetensors.numpy import save_file
 
-import jpeft
 from jpeft.adapter import Adapter
-from jpeft.site import Site
 from jpeft.atomic import write_folder
 from jpeft.errors import AdapterError
 from jpeft.kernel import Kernel
 from jpeft.methods import METHODS
-from jpeft.targets import Targets, frozen_mapping, is_kept, names_module, saves_module
-from jpeft.tree import flatten
+from jpeft.site import Site
+from jpeft.targets import ALL_LINEAR, Targets, frozen_mapping, is_kept, names_module, saves_module
+from jpeft.tree import dotted, flatten
+from jpeft_interop.ia3_keys import bias_of_head, is_feedforward
 from jpeft_interop.layout import Index, Layout, default_layout, invert, leaf_to_torch, tied_heads
 from jpeft_interop.load_peft import CONFIG, WEIGHTS
-from jpeft_interop.lora_keys import PREFIX, keys_of, to_file
 from jpeft_interop.peft_config import PeftConfig, write_config
+from jpeft_interop.peft_keys import KEYS, PREFIX, Spot, keys_of
 
 EMBEDDING_NAMES = ("embed_tokens", "lm_head")  # whose base weight PEFT stores beside its factors
 OTHERS = ("README.md",)  # what PEFT leaves in a folder, and a new save may take away
@@ -43,7 +43,9 @@ def save_peft(
 
     Args:
       folder: made if need be; one that holds other things than an adapter is refused.
-      adapter: a LoRA with any of its options. Kernels of rank 0, which PEFT refuses, are left out of the targets.
+      adapter: a LoRA or DoRA with any of its options, an AdaLoRA, or an IA³. Kernels of rank 0, which PEFT's LoRA
+        refuses, are left out of the targets; an AdaLoRA's stay. An AdaLoRA is written as it is: `jpeft.prune` it first
+        to leave out the directions that are zero.
       params: the base it is for.
       layout: where each path of the params lies in torch, for params with other names or shapes.
       base_model: the name or path of the base that PEFT is to know it by.
@@ -59,7 +61,7 @@ def save_peft(
         if not np.isfinite(tensor.astype(np.float32)).all():
             raise AdapterError(f"{key!r} holds values that are not finite; nothing was written")
     spec = _exported_spec(adapter, layout)
-    fan_in_fan_out = any(_is_conv1d(layout, site) for site in adapter.sites if site.method == "lora")
+    fan_in_fan_out = any(_is_conv1d(layout, site) for site in adapter.sites if site.method == adapter.spec.method)
     config = write_config(PeftConfig(spec, base_model, task_type, fan_in_fan_out))
 
     def fill(new: Path) -> None:
@@ -74,39 +76,43 @@ def _is_conv1d(layout: Layout, site: Site) -> bool:
 
 
 def _tensors(adapter: Adapter, flat: Mapping[str, Any], layout: Layout) -> Iterator[tuple[str, np.ndarray]]:
-    adapted = {matrix.module for matrix in _matrices(adapter, layout)}
+    keys_of(adapter.spec)  # or there is no such method in PEFT
+    adapted = {matrix.spot.module for matrix in _matrices(adapter, layout)}
     for site in adapter.sites:
-        if site.method == "lora":
-            yield from _factors(adapter, site, flat, layout)
-        elif site.method == "replacement":
+        if site.method == "replacement":
             yield from _whole(adapter, site, flat, layout, adapted)
+        elif site.method == adapter.spec.method:
+            yield from _factors(adapter, site, flat, layout)
         else:
-            raise AdapterError(f"{site.path!r}: {site.method!r} has no place in a PEFT file")
+            raise AdapterError(f"{site.path!r}: {site.method!r} has no place in a PEFT file of {adapter.spec.method!r}")
 
 
 class _Matrix(NamedTuple):
-    """One matrix that a LoRA adapts, as torch has it."""
+    """One matrix that is adapted, as torch has it."""
 
     site: Site
-    module: str
+    spot: Spot
     at: Index
-    as_head: bool = False
 
 
 def _matrices(adapter: Adapter, layout: Layout) -> Iterator[_Matrix]:
-    tied = tied_heads(layout)
     for site in adapter.sites:
-        if site.method != "lora" or site.rank == 0:
-            continue
-        if site.path not in layout:
-            raise AdapterError(f"the layout has no place for {site.path!r}; add one: Place(torch_key, kernel)")
-        for index, key in layout[site.path].torch_keys():
-            chosen = site.layers is None or index[0] in site.layers
-            if chosen and site.use != "product":
-                yield _Matrix(site, _module(site, key), index)
-            # Where a tied weight is adapted in all its uses, torch has a module for each.
-            if chosen and site.use != "lookup" and site.path in tied:
-                yield _Matrix(site, tied[site.path], index, as_head=True)
+        if site.method in KEYS and (site.rank > 0 or KEYS[site.method].has_rank_zero):
+            yield from _matrices_of(site, layout)
+
+
+def _matrices_of(site: Site, layout: Layout) -> Iterator[_Matrix]:
+    tied = tied_heads(layout)
+    if site.path not in layout:
+        raise AdapterError(f"the layout has no place for {site.path!r}; add one: Place(torch_key, kernel)")
+    for index, key in layout[site.path].torch_keys():
+        chosen = site.layers is None or index[0] in site.layers
+        if chosen and site.use != "product":
+            yield _Matrix(site, Spot(_module(site, key), site.kernel), index)
+        # Where a tied weight is adapted in all its uses, torch has a module for each.
+        if chosen and site.use != "lookup" and site.path in tied:
+            head = tied[site.path]
+            yield _Matrix(site, Spot(head, site.kernel, True, bias_of_head(head, layout)), index)
 
 
 def _module(site: Site, key: str) -> str:
@@ -116,21 +122,20 @@ def _module(site: Site, key: str) -> str:
 
 
 def _factors(adapter: Adapter, site: Site, flat: Mapping[str, Any], layout: Layout) -> Iterator[tuple[str, np.ndarray]]:
-    if site.kernel.groups != 1:
-        raise AdapterError(
-            f"{site.path!r}: PEFT's LoRA on a grouped convolution is no change of its kernel; it has no place there"
-        )
-    leaves = METHODS["lora"].matrices(adapter.leaves(site.path), site.kernel)
-    for _, module, index, as_head in _matrices(adapter.replace(meta=replace(adapter.meta, sites=(site,))), layout):
-        one = {name: np.asarray(leaf[index]) for name, leaf in leaves.items() if name != "scaling"}
-        names = keys_of(module, site.kernel.kind == "embedding" and not as_head)
-        for name, tensor in to_file(one, site.kernel, as_head).items():
+    keys = KEYS[site.method]
+    leaves = METHODS[site.method].matrices(adapter.leaves(site.path), site.kernel)
+    for _, spot, index in _matrices(adapter.replace(meta=replace(adapter.meta, sites=(site,))), layout):
+        if (reason := keys.why_not(spot)) is not None:
+            raise AdapterError(f"{site.path!r} has no place in a PEFT file: {reason}")
+        names, held = keys.names(spot), set(adapter.constant.get(site.path, {}))
+        one = {name: np.asarray(leaf[index]) for name, leaf in leaves.items() if name not in held}
+        for name, tensor in keys.to_file(one, spot).items():
             if name not in names:
-                raise AdapterError(f"{module!r}: PEFT has no bias on an embedding's factors")
+                raise AdapterError(f"{spot.module!r}: PEFT has no bias on an embedding's factors")
             yield names[name], np.ascontiguousarray(tensor)
-        if module.rpartition(".")[2] in EMBEDDING_NAMES:
+        if spot.module.rpartition(".")[2] in EMBEDDING_NAMES:
             base = leaf_to_torch(np.asarray(flat[site.path]), layout[site.path], index)
-            yield f"{PREFIX}{module}.base_layer.weight", np.ascontiguousarray(base)
+            yield f"{PREFIX}{spot.module}.base_layer.weight", np.ascontiguousarray(base)
 
 
 def _whole(
@@ -148,15 +153,22 @@ def _whole(
             yield f"{PREFIX}{module}.original_module.bias", base
 
 
-def _exported_spec(adapter: Adapter, layout: Layout) -> jpeft.LoRA:
+def _exported_spec(adapter: Adapter, layout: Layout) -> Any:
     """The spec in torch's names: the same where PEFT resolves it the same, else spelt out."""
-    spec = adapter.spec
     matrices = list(_matrices(adapter, layout))
     if not matrices:
-        raise AdapterError("every kernel has rank 0: PEFT has no LoRA without a factor")
-    rank = {matrix.module: matrix.site.rank for matrix in matrices}
-    alpha = {matrix.module: _alpha(adapter, matrix.site, matrix.at) for matrix in matrices}
-    spec = _with_targets(spec, set(rank), layout)
+        raise AdapterError("no kernel is adapted (or every one with rank 0): PEFT has no adapter without a factor")
+    if adapter.spec.method == "adalora":
+        return _exported_adalora(adapter, matrices, layout)
+    if adapter.spec.method == "ia3":
+        return _exported_ia3(adapter, matrices, layout)
+    return _exported_lora(adapter, matrices, layout)
+
+
+def _exported_lora(adapter: Adapter, matrices: list[_Matrix], layout: Layout) -> Any:
+    rank = {matrix.spot.module: matrix.site.rank for matrix in matrices}
+    alpha = {matrix.spot.module: _alpha(adapter, matrix.site, matrix.at) for matrix in matrices}
+    spec: Any = _with_targets(adapter.spec, set(rank), layout)
     if spec.rank == 0:
         spec = replace(spec, rank=max(rank.values()), alpha=spec.alpha_of(""))
     if any(spec.rank_of(name) != r for name, r in rank.items()):
@@ -167,6 +179,50 @@ def _exported_spec(adapter: Adapter, layout: Layout) -> jpeft.LoRA:
     return replace(spec, rank_pattern={name: r for name, r in frozen_mapping(spec.rank_pattern) if r > 0})
 
 
+def _exported_adalora(adapter: Adapter, matrices: list[_Matrix], layout: Layout) -> Any:
+    """One scaling and one rank at the start for all, and what is left of it where something was pruned."""
+    spec: Any = adapter.spec
+    rank = {matrix.spot.module: matrix.site.rank for matrix in matrices}
+    if spec.total_steps is None:
+        raise AdapterError("PEFT has no AdaLoRA without a number of steps: replace(spec, total_steps=...) in its meta")
+    if (alpha := spec.rank if spec.alpha is None else spec.alpha) <= 0:
+        raise AdapterError(f"alpha is {alpha:g}: PEFT takes the rank for an AdaLoRA's alpha where that is not positive")
+    if (most := max(rank.values())) > spec.rank:
+        raise AdapterError(f"there is a rank of {most}, and the spec's rank at the start is {spec.rank}")
+    for matrix in matrices:
+        found = float(np.asarray(adapter.constant[matrix.site.path]["scaling"])[matrix.at])
+        if abs(found - spec.scaling) > 1e-6 * spec.scaling:
+            raise AdapterError(
+                f"{matrix.spot.module!r} is scaled by {found:g}; in PEFT an AdaLoRA has one scaling, which is "
+                f"{spec.scaling:g} here: fold what is more into E"
+            )
+    pruned = frozen_mapping(spec.ranks) or any(r != spec.rank for r in rank.values())
+    ranks = {_escaped(name): r for name, r in rank.items()} if pruned else ()
+    return replace(_with_targets(spec, set(rank), layout), ranks=ranks)
+
+
+def _exported_ia3(adapter: Adapter, matrices: list[_Matrix], layout: Layout) -> Any:
+    """The first way of saying the targets, and which of them are scaled at the input, that PEFT takes so."""
+    if adapter.spec.bias != "none":
+        raise AdapterError(f"bias={adapter.spec.bias!r}: PEFT's IA³ trains no biases; name them in modules_to_save")
+    modules = {matrix.spot.module for matrix in matrices}
+    on_input = {
+        matrix.spot.module
+        for matrix in matrices
+        if ("l_in" in adapter.trained[matrix.site.path]) != matrix.spot.as_head
+    }
+    spec: Any = _with_targets(adapter.spec, modules, layout)
+    whole = replace(spec, targets=tuple(sorted(modules)), exclude=())
+    plain = _dotted(spec.feedforward)
+    for base, names in ((spec, plain), (whole, tuple(sorted(on_input)))):
+        listed = isinstance(base.targets, tuple) and isinstance(names, tuple)
+        if listed and not set(names) <= set(base.targets):
+            continue  # which PEFT refuses
+        if {name for name in modules if is_feedforward(names, name)} == on_input:
+            return replace(base, feedforward=names)
+    return replace(spec, feedforward="|".join(_escaped(name) for name in sorted(on_input)))
+
+
 def _escaped(module: str) -> str:
     return module.replace(".", r"\.")
 
@@ -174,28 +230,43 @@ def _escaped(module: str) -> str:
 def _alpha(adapter: Adapter, site: Site, index: Index) -> float:
     """Alpha as the scaling has it: the scaling is what acts."""
     scaling = float(np.asarray(adapter.constant[site.path]["scaling"])[index])
-    return scaling * (site.rank**0.5 if adapter.spec.rank_stabilized else site.rank)
+    stabilized: Any = adapter.spec
+    return scaling * (site.rank**0.5 if stabilized.rank_stabilized else site.rank)
 
 
-def _differs(spec: jpeft.LoRA, name: str, rank: int, alpha: float) -> bool:
+def _differs(spec: Any, name: str, rank: int, alpha: float) -> bool:
     stated = np.float32(spec.scaling(rank, spec.alpha_of(name)))
     actual = np.float32(spec.scaling(rank, alpha))
     return abs(float(stated) - float(actual)) > 1e-6 * abs(float(actual))
 
 
-def _with_targets(spec: jpeft.LoRA, modules: set[str], layout: Layout) -> jpeft.LoRA:
+def _dotted(names: str | tuple[str, ...]) -> Any:
+    return names if isinstance(names, str) else tuple(map(dotted, names))
+
+
+def _with_targets(spec: Any, modules: set[str], layout: Layout) -> Any:
     """The first way of saying the targets that PEFT resolves to just these modules."""
     known = {
         key.removesuffix(".weight"): layout[entry.path].kernel
         for key, entry in invert(layout).items()
         if key.endswith(".weight")
     }
+    spec = replace(spec, targets=_dotted(spec.targets), exclude=_dotted(spec.exclude))
     explicit = replace(spec, exclude=(), layers_to_transform=None, layers_pattern=())
     ends = tuple(sorted({name.rpartition(".")[2] for name in modules}))
     for candidate in (spec, replace(explicit, targets=ends), replace(explicit, targets=tuple(sorted(modules)))):
-        if candidate.targets != "all-linear" and _resolved(candidate.where, known) == modules:
+        if _is_known_to_peft(candidate) and _resolved(candidate.where, known) == modules:
             return candidate
     raise AdapterError(f"PEFT can't be told to adapt just these modules: {sorted(modules)[:5]}")
+
+
+def _is_known_to_peft(spec: Any) -> bool:
+    """Whether PEFT's config can say the targets in this way."""
+    if spec.targets == ALL_LINEAR:
+        return False
+    if spec.layers_to_transform is None:
+        return not spec.layers_pattern
+    return spec.method != "ia3" and not isinstance(spec.targets, str)
 
 
 def _resolved(where: Targets, known: Mapping[str, Kernel | None]) -> set[str]:

@@ -60,10 +60,15 @@ def base(make: Callable[..., Any], seed: int = 0, **options: Any) -> Any:
 
 def adapted(module: Any, seed: int = 0, **config: Any) -> Any:
     """A PEFT model over a copy of `module`."""
+    return adapted_by(module, LoraConfig(**config), seed)
+
+
+def adapted_by(module: Any, config: Any, seed: int = 0) -> Any:
+    """The same with any of PEFT's configs."""
     torch.manual_seed(seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        peft_model = get_peft_model(copy.deepcopy(module), LoraConfig(**config))
+        peft_model = get_peft_model(copy.deepcopy(module), config)
     perturb(peft_model, seed + 2, only_trained=True)
     return peft_model.eval()
 

@@ -23,7 +23,8 @@ def inspect(
     """Show what an adapter holds: its options, and rank, scaling, shapes and norms of each module.
 
     Needs no base model. |ΔW| is the Frobenius norm of s A B, the change that
-    the adapter makes to a weight: 0 shows one that was never trained.
+    the adapter makes to a weight (a DoRA's before its magnitudes act; an
+    AdaLoRA's with E between A and B): 0 shows one that was never trained.
 
     [bold]Example[/]
 

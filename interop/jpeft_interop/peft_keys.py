@@ -1,0 +1,176 @@
+"""How each method's leaves lie in PEFT's files: one line a method, read in both directions.
+
+Keys start with `base_model.model.`, exactly once; then the module's name, and what the tables of `lora_keys` and
+`ia3_keys` say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from jpeft.errors import AdapterError
+from jpeft.kernel import Kernel
+from jpeft.spec import Spec
+from jpeft_interop import ia3_keys, lora_keys
+from jpeft_interop.lora_keys import Leaves, Shapes
+
+PREFIX = "base_model.model."
+
+
+class Spot(NamedTuple):
+    """One matrix that is adapted.
+
+    Attributes:
+      module: its torch module.
+      kernel: its kernel here.
+      as_head: whether it is an embedding used as a tied head.
+      head_bias: where that head's bias lies, if it has one.
+    """
+
+    module: str
+    kernel: Kernel
+    as_head: bool = False
+    head_bias: str | None = None
+
+    @property
+    def is_lookup(self) -> bool:
+        """Whether it is an embedding as such."""
+        return self.kernel.kind == "embedding" and not self.as_head
+
+
+class Keys(NamedTuple):
+    """How one method's leaves lie in a file.
+
+    Attributes:
+      suffixes: the end of the key of each leaf.
+      embedding: the same for an embedding.
+      shapes: `(spec, spot) -> {leaf: shape}`, in the file.
+      to_file: `(leaves, spot) -> leaves`: those of one matrix, each leaf's axes joined, as the file has them.
+      from_file: `(spec, leaves, spot) -> leaves`: the inverse, in the kernel's own axes.
+      why_not: `(spot) -> reason` that PEFT has no such thing there, or None.
+      has_rank_zero: whether a file has tensors of rank 0; where not, the module is left out of it.
+      scaling: `(spec, module) -> s`, or None where the method has none.
+    """
+
+    suffixes: Mapping[str, str]
+    embedding: Mapping[str, str]
+    shapes: Callable[[Any, Spot], Shapes]
+    to_file: Callable[[Leaves, Spot], Leaves]
+    from_file: Callable[[Any, Leaves, Spot], Leaves]
+    why_not: Callable[[Spot], str | None]
+    has_rank_zero: bool = False
+    scaling: Callable[[Any, str], float] | None = None
+
+    def names(self, spot: Spot) -> dict[str, str]:
+        """The file's key of each leaf."""
+        table = self.embedding if spot.is_lookup else self.suffixes
+        return {leaf: f"{PREFIX}{spot.module}{suffix}" for leaf, suffix in table.items()}
+
+    def split(self, key: str, file: str) -> tuple[str, str | None]:
+        """The torch module and the leaf that a key is for; the leaf is None for a key that is a param's own name.
+
+        Raises:
+          AdapterError: the key lacks the prefix.
+        """
+        if not key.startswith(PREFIX):
+            raise AdapterError(f"{file}: key {key!r} does not start with {PREFIX!r}, as every key of a PEFT file does")
+        name = key.removeprefix(PREFIX)
+        for leaf, suffix in (*self.suffixes.items(), *self.embedding.items()):
+            if name.endswith(suffix):
+                return name.removesuffix(suffix), leaf
+        return name, None
+
+
+def _no_groups(spot: Spot) -> str | None:
+    return "a low-rank adapter on a grouped convolution is no change of its kernel" if spot.kernel.groups != 1 else None
+
+
+def _dora_not(spot: Spot) -> str | None:
+    if spot.as_head:
+        return (
+            "DoRA on a tied output head has a magnitude for each token, on the embedding one for each feature: no "
+            "change of the one weight is both; adapt params where the head is a leaf of its own"
+        )
+    return _no_groups(spot)
+
+
+def _adalora_not(spot: Spot) -> str | None:
+    if spot.is_lookup:
+        return "AdaLoRA has no form for embeddings"
+    if spot.kernel.kind == "conv" and len(spot.kernel.contracted) != 3:
+        return "AdaLoRA has no form for convolutions but those of images"
+    return _no_groups(spot)
+
+
+def _ia3_not(spot: Spot) -> str | None:
+    if spot.head_bias is not None:
+        return (
+            f"IA³ on the tied output head scales its bias {spot.head_bias!r} too, which lies elsewhere than the weight; "
+            "adapt params where the head is a leaf of its own"
+        )
+    if spot.is_lookup:
+        return "IA³ has no form for embeddings"
+    if spot.kernel.kind == "conv" and len(spot.kernel.contracted) not in (3, 4):
+        return "IA³ has no form for convolutions over one axis"
+    return None
+
+
+def _lora_scaling(spec: Any, module: str) -> float:
+    return spec.scaling(spec.rank_of(module), spec.alpha_of(module))
+
+
+def _by_rank(shapes: Callable[[Kernel, int, bool], Shapes]) -> Callable[[Any, Spot], Shapes]:
+    return lambda spec, spot: shapes(spot.kernel, spec.rank_of(spot.module), spot.as_head)
+
+
+def _on_input(spec: Any, spot: Spot) -> bool:
+    return ia3_keys.is_feedforward(spec.feedforward, spot.module)
+
+
+_lora = Keys(
+    lora_keys.LORA,
+    lora_keys.LORA_EMBEDDING,
+    shapes=_by_rank(lora_keys.shapes),
+    to_file=lambda leaves, spot: lora_keys.to_file(leaves, spot.kernel, spot.as_head),
+    from_file=lambda spec, leaves, spot: lora_keys.from_file(leaves, spot.kernel, spot.as_head),
+    why_not=_no_groups,
+    scaling=_lora_scaling,
+)
+
+KEYS: dict[str, Keys] = {
+    "lora": _lora,
+    "dora": _lora._replace(suffixes=lora_keys.DORA, embedding=lora_keys.DORA_EMBEDDING, why_not=_dora_not),
+    "adalora": Keys(
+        lora_keys.ADALORA,
+        {},
+        shapes=_by_rank(lora_keys.adalora_shapes),
+        to_file=lambda leaves, spot: lora_keys.adalora_to_file(leaves, spot.kernel, spot.as_head),
+        from_file=lambda spec, leaves, spot: lora_keys.adalora_from_file(leaves, spot.kernel, spot.as_head),
+        why_not=_adalora_not,
+        has_rank_zero=True,
+        scaling=lambda spec, module: spec.scaling,
+    ),
+    "ia3": Keys(
+        ia3_keys.IA3,
+        {},
+        shapes=lambda spec, spot: {"l": ia3_keys.shape(spot.kernel, spot.as_head, _on_input(spec, spot))},
+        to_file=lambda leaves, spot: ia3_keys.to_file(leaves, spot.kernel, spot.as_head),
+        from_file=lambda spec, leaves, spot: ia3_keys.from_file(
+            leaves, spot.kernel, spot.as_head, _on_input(spec, spot)
+        ),
+        why_not=_ia3_not,
+        has_rank_zero=True,
+    ),
+}
+
+
+def keys_of(spec: Spec) -> Keys:
+    """How the leaves of a spec's method lie in a file.
+
+    Raises:
+      AdapterError: PEFT has no such method.
+    """
+    if spec.method not in KEYS:
+        raise AdapterError(f"{spec}: {spec.method!r} has no place in a PEFT file; jpeft.save keeps it")
+    return KEYS[spec.method]
