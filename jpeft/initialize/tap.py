@@ -25,8 +25,8 @@ from jax.extend.core import JaxprEqn
 
 from jpeft.errors import KernelError, LiftError
 from jpeft.lift import run
-from jpeft.rewrite.products import _Dims, _Rows
 from jpeft.rewrite.program import Program, Use, bind
+from jpeft.rewrite.rows import Dims, Rows
 from jpeft.rewrite.weight import Weight, is_weight
 from jpeft.view import covers
 
@@ -194,17 +194,17 @@ class _Tapping(Program):
         weight, x = values[side], values[1 - side]
         if is_weight(x):
             return self.dense(eqn, values, "a product of two adapted weights")
-        dims = _Dims.of(eqn, side, x.ndim, weight.value.ndim)
+        dims = Dims.of(eqn, side, x.ndim, weight.value.ndim)
         if not _fits(weight, dims):
             return self.dense(eqn, values, "the product contracts other axes than the adapter's")
         self.uses.append(Use(weight.path, "dot_general", "product", view=weight.view, roles=dims.roles))
         self.tapped.add(weight.path)
         sums = _sums(weight)
-        measure = self._measure(weight, _Rows.of(x, weight, dims), {name: leaf.shape for name, leaf in sums.items()})
+        measure = self._measure(weight, Rows.of(x, weight, dims), {name: leaf.shape for name, leaf in sums.items()})
         x = _probe(measure, x, sums, self.keep)
         return bind(eqn, [x, weight.value][:: 1 if side else -1])
 
-    def _measure(self, weight: Weight, rows: _Rows, shapes: Mapping[str, tuple[int, ...]]) -> Measure:
+    def _measure(self, weight: Weight, rows: Rows, shapes: Mapping[str, tuple[int, ...]]) -> Measure:
         """The statistic of an input that comes in the equation's own axes."""
 
         def measure(x: Array, keep: Array | None) -> Sums:
@@ -220,7 +220,7 @@ def _sums(weight: Weight) -> Sums:
     return sink.sums
 
 
-def _fits(weight: Weight, dims: _Dims) -> bool:
+def _fits(weight: Weight, dims: Dims) -> bool:
     view, kernel = weight.view, weight.kernel
     batch = [atom.axis for atom in view.atoms(dims.w_batch) if atom.size > 1]
     own = [axis for axis in weight.batch if kernel.shape[axis] > 1]

@@ -6,7 +6,6 @@ The base's own equation is re-bound as it was. The branch runs on matrices: x as
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -22,13 +21,13 @@ from jpeft.kernel import wide
 from jpeft.method import Weights
 from jpeft.methods import METHODS
 from jpeft.rewrite.program import Program, Result, Use, bind
+from jpeft.rewrite.rows import Dims, Roles, Rows
 from jpeft.rewrite.weight import Branch, Weight, fold_in, is_weight, over_keys
 from jpeft.together import summed
-from jpeft.view import Atom, covers, from_original, to_original
+from jpeft.view import covers, from_original
 
 Outs = Sequence[Any] | None
 Take = Callable[[Array], Array]
-Roles = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 
 
 def dot_general(program: Program, eqn: JaxprEqn, values: Sequence[Any]) -> Outs:
@@ -37,7 +36,7 @@ def dot_general(program: Program, eqn: JaxprEqn, values: Sequence[Any]) -> Outs:
     weight, x = values[side], values[1 - side]
     if is_weight(x):
         return program.dense(eqn, values, "a product of two adapted weights")
-    dims = _Dims.of(eqn, side, x.ndim, weight.value.ndim)
+    dims = Dims.of(eqn, side, x.ndim, weight.value.ndim)
     use = Use(weight.path, "dot_general", "product", view=weight.view, shape=weight.kernel.shape, roles=dims.roles)
     if program.watch:
         program.uses.append(use)
@@ -50,27 +49,7 @@ def dot_general(program: Program, eqn: JaxprEqn, values: Sequence[Any]) -> Outs:
     return [_product(program, x, base, replace(weight, branches=branches), dims)]
 
 
-class _Dims:
-    """The dimensions of a `dot_general`, told by operand: the activations' and the weight's."""
-
-    def __init__(self, x: tuple[Any, Any], w: tuple[Any, Any], x_ndim: int, w_ndim: int, weight_first: bool):
-        (self.x_contract, self.x_batch), (self.w_contract, self.w_batch) = x, w
-        self.x_free = tuple(i for i in range(x_ndim) if i not in (*self.x_contract, *self.x_batch))
-        self.w_free = tuple(i for i in range(w_ndim) if i not in (*self.w_contract, *self.w_batch))
-        self.weight_first = weight_first
-
-    @classmethod
-    def of(cls, eqn: JaxprEqn, side: int, x_ndim: int, w_ndim: int) -> _Dims:
-        contract, batch = eqn.params["dimension_numbers"]
-        operand = lambda i: (tuple(contract[i]), tuple(batch[i]))
-        return cls(operand(1 - side), operand(side), x_ndim, w_ndim, side == 0)
-
-    @property
-    def roles(self) -> Roles:
-        return self.w_contract, self.w_free, self.w_batch
-
-
-def _oriented(weight: Weight, dims: _Dims) -> tuple[Branch, ...] | None:
+def _oriented(weight: Weight, dims: Dims) -> tuple[Branch, ...] | None:
     """The branches for the product at hand: as they are, transposed for `x Wᵀ`, or None if neither fits."""
     view, kernel = weight.view, weight.kernel
     batch = view.atoms(dims.w_batch)
@@ -92,9 +71,9 @@ def _transposed(branch: Branch) -> Branch:
     return replace(branch, leaves=transposed(branch.leaves))
 
 
-def _product(program: Program, x: Array, base: Callable[[Array], Array], weight: Weight, dims: _Dims) -> Array:
+def _product(program: Program, x: Array, base: Callable[[Array], Array], weight: Weight, dims: Dims) -> Array:
     """The methods' product on matrices, put back where the equation has its result."""
-    rows = _Rows.of(x, weight, dims)
+    rows = Rows.of(x, weight, dims)
     branches = [_with_gates(branch, rows, weight.path) for branch in _batched(weight, rows.batch_shape)]
     scales = [METHODS[b.method].scales(b.leaves) for b in branches if METHODS[b.method].scales]  # pyright: ignore
     matrix = rows.x_to_matrix(x)
@@ -112,7 +91,7 @@ def _scaled(rows: Array, factors: Sequence[Array | None]) -> Array:
     return rows
 
 
-def _with_gates(branch: Branch, rows: _Rows, path: str) -> Branch:
+def _with_gates(branch: Branch, rows: Rows, path: str) -> Branch:
     """Gates join the leaves, (*batch, rows, K)."""
     if branch.gates is None:
         return branch
@@ -148,54 +127,6 @@ def _dropout(program: Program, x: Array, branch: Branch) -> Array:
     shape = x.shape[key.ndim :]
     kept = over_keys(lambda key: jax.random.bernoulli(key, keep, shape), key)
     return jnp.where(kept, x / keep, jnp.zeros((), x.dtype)).astype(x.dtype)
-
-
-class _Rows:
-    """The way from the equation's shapes to matrices and back."""
-
-    def __init__(self, batch: list[Atom], contracted: list[Atom], output: list[Atom], x: Array, dims: _Dims):
-        self.batch, self.contracted, self.output, self.dims = batch, contracted, output, dims
-        self.x_shape = x.shape
-        self.free_shape = tuple(x.shape[i] for i in dims.x_free)
-        self.rows = math.prod(self.free_shape)
-
-    @classmethod
-    def of(cls, x: Array, weight: Weight, dims: _Dims) -> _Rows:
-        view = weight.view
-        return cls(view.atoms(dims.w_batch), view.atoms(dims.w_contract), view.atoms(dims.w_free), x, dims)
-
-    @property
-    def batch_shape(self) -> tuple[int, ...]:
-        return tuple(self.x_shape[i] for i in self.dims.x_batch)
-
-    def x_to_matrix(self, x: Array) -> Array:
-        d, lead = self.dims, len(self.dims.x_batch)
-        x = x.transpose((*d.x_batch, *d.x_free, *d.x_contract))
-        x = x.reshape(*self.batch_shape, self.rows, *(atom.size for atom in self.contracted))
-        return to_original(x, lead + 1, self.contracted)
-
-    def x_from_matrix(self, m: Array) -> Array:
-        """The inverse of `x_to_matrix`."""
-        d, lead = self.dims, len(self.dims.x_batch)
-        order = (*d.x_batch, *d.x_free, *d.x_contract)
-        split = from_original(m, lead + 1, self.contracted).reshape(tuple(self.x_shape[i] for i in order))
-        return split.transpose(tuple(order.index(i) for i in range(len(order))))
-
-    def y_to_matrix(self, y: Array) -> Array:
-        lead, n_free = len(self.batch_shape), len(self.free_shape)
-        if self.dims.weight_first:
-            y = jnp.moveaxis(y, range(y.ndim - n_free, y.ndim), range(lead, lead + n_free))
-        self.w_free_shape = y.shape[lead + n_free :]
-        y = y.reshape(*self.batch_shape, self.rows, *(atom.size for atom in self.output))
-        return to_original(y, lead + 1, self.output)
-
-    def y_from_matrix(self, m: Array) -> Array:
-        lead, n_free = len(self.batch_shape), len(self.free_shape)
-        y = from_original(m, lead + 1, self.output)
-        y = y.reshape(*self.batch_shape, *self.free_shape, *self.w_free_shape)
-        if self.dims.weight_first:
-            y = jnp.moveaxis(y, range(lead, lead + n_free), range(y.ndim - n_free, y.ndim))
-        return y
 
 
 def gather(program: Program, eqn: JaxprEqn, values: Sequence[Any]) -> Outs:

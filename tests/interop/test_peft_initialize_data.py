@@ -1,9 +1,6 @@
 """The initialisers that read data, against the installed PEFT: the same model, the same batches."""
 
 import copy
-import dataclasses
-import sys
-import types
 import warnings
 
 import jax
@@ -13,6 +10,7 @@ import pytest
 import torch
 from peft import EvaConfig, LoraConfig, get_peft_model, initialize_lora_eva_weights
 from peft.tuners.lora.config import CordaConfig, LoraGAConfig
+from peft.tuners.lora.corda import preprocess_corda
 from peft.tuners.lora.eva import get_eva_state_dict
 from peft.tuners.lora.loraga import preprocess_loraga
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -58,21 +56,10 @@ def quietly(function, *args, **kwargs):
 # ---- CorDA ----
 
 
-@pytest.fixture
-def preprocess_corda(monkeypatch):
-    """PEFT's, which takes its dataclass from `attrs` without requiring that package."""
-    stand_in = types.ModuleType("attr")
-    stand_in.dataclass = dataclasses.dataclass
-    monkeypatch.setitem(sys.modules, "attr", stand_in)
-    from peft.tuners.lora.corda import preprocess_corda
-
-    return preprocess_corda
-
-
 @pytest.mark.parametrize("mode", ["ipm", "kpm"])
 @pytest.mark.parametrize("rslora", [False, True])
 @pytest.mark.parametrize("make", [llama, gpt2])
-def test_corda(make, mode, rslora, preprocess_corda):
+def test_corda(make, mode, rslora):
     module = base(make)
     targets = ["q_proj", "down_proj"] if make is llama else ["c_attn"]
     config = {"r": 5, "lora_alpha": 12, "use_rslora": rslora, "target_modules": targets}

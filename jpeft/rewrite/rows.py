@@ -1,0 +1,90 @@
+"""The shapes of a product: which dimensions of a `dot_general` are what, and the way to matrices and back."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+from jax.extend.core import JaxprEqn
+
+from jpeft.rewrite.weight import Weight
+from jpeft.view import Atom, from_original, to_original
+
+Roles = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+
+
+class Dims:
+    """The dimensions of a `dot_general`, told by operand: the activations' and the weight's."""
+
+    def __init__(self, x: tuple[Any, Any], w: tuple[Any, Any], x_ndim: int, w_ndim: int, weight_first: bool):
+        (self.x_contract, self.x_batch), (self.w_contract, self.w_batch) = x, w
+        self.x_free = tuple(i for i in range(x_ndim) if i not in (*self.x_contract, *self.x_batch))
+        self.w_free = tuple(i for i in range(w_ndim) if i not in (*self.w_contract, *self.w_batch))
+        self.weight_first = weight_first
+
+    @classmethod
+    def of(cls, eqn: JaxprEqn, side: int, x_ndim: int, w_ndim: int) -> Dims:
+        """Of an equation whose operand number `side` is the weight."""
+        contract, batch = eqn.params["dimension_numbers"]
+        operand = lambda i: (tuple(contract[i]), tuple(batch[i]))
+        return cls(operand(1 - side), operand(side), x_ndim, w_ndim, side == 0)
+
+    @property
+    def roles(self) -> Roles:
+        """The weight's dimensions: contracted, output, batch."""
+        return self.w_contract, self.w_free, self.w_batch
+
+
+class Rows:
+    """The way from the equation's shapes to matrices and back."""
+
+    def __init__(self, batch: list[Atom], contracted: list[Atom], output: list[Atom], x: Array, dims: Dims):
+        self.batch, self.contracted, self.output, self.dims = batch, contracted, output, dims
+        self.x_shape = x.shape
+        self.free_shape = tuple(x.shape[i] for i in dims.x_free)
+        self.rows = math.prod(self.free_shape)
+
+    @classmethod
+    def of(cls, x: Array, weight: Weight, dims: Dims) -> Rows:
+        """Of the product of `x` and a weight."""
+        view = weight.view
+        return cls(view.atoms(dims.w_batch), view.atoms(dims.w_contract), view.atoms(dims.w_free), x, dims)
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        """The shape of the product's batch dimensions."""
+        return tuple(self.x_shape[i] for i in self.dims.x_batch)
+
+    def x_to_matrix(self, x: Array) -> Array:
+        """The input as (*batch, rows, in)."""
+        d, lead = self.dims, len(self.dims.x_batch)
+        x = x.transpose((*d.x_batch, *d.x_free, *d.x_contract))
+        x = x.reshape(*self.batch_shape, self.rows, *(atom.size for atom in self.contracted))
+        return to_original(x, lead + 1, self.contracted)
+
+    def x_from_matrix(self, m: Array) -> Array:
+        """The inverse of `x_to_matrix`."""
+        d, lead = self.dims, len(self.dims.x_batch)
+        order = (*d.x_batch, *d.x_free, *d.x_contract)
+        split = from_original(m, lead + 1, self.contracted).reshape(tuple(self.x_shape[i] for i in order))
+        return split.transpose(tuple(order.index(i) for i in range(len(order))))
+
+    def y_to_matrix(self, y: Array) -> Array:
+        """The result as (*batch, rows, out)."""
+        lead, n_free = len(self.batch_shape), len(self.free_shape)
+        if self.dims.weight_first:
+            y = jnp.moveaxis(y, range(y.ndim - n_free, y.ndim), range(lead, lead + n_free))
+        self.w_free_shape = y.shape[lead + n_free :]
+        y = y.reshape(*self.batch_shape, self.rows, *(atom.size for atom in self.output))
+        return to_original(y, lead + 1, self.output)
+
+    def y_from_matrix(self, m: Array) -> Array:
+        """The inverse of `y_to_matrix`, after it."""
+        lead, n_free = len(self.batch_shape), len(self.free_shape)
+        y = from_original(m, lead + 1, self.output)
+        y = y.reshape(*self.batch_shape, *self.free_shape, *self.w_free_shape)
+        if self.dims.weight_first:
+            y = jnp.moveaxis(y, range(lead, lead + n_free), range(y.ndim - n_free, y.ndim))
+        return y
