@@ -17,6 +17,7 @@ from typing import Any
 
 import jpeft
 from jpeft.kernel import Kernel
+from jpeft.targets import names_module
 from jpeft.tree import dotted, module_of
 from jpeft_interop.lora_keys import Leaves
 from jpeft_interop.models.families import FAMILIES
@@ -79,6 +80,6 @@ def as_peft_reads(spec: Any, modules: Iterable[str]) -> Any:
     if not isinstance(spec, jpeft.IA3) or isinstance(spec.feedforward, str):
         return spec
     feedforward = tuple(spec.feedforward)
-    if all(is_feedforward(feedforward, name) == spec.is_feedforward(f"{name}.weight") for name in modules):
+    if all(is_feedforward(feedforward, name) == names_module(feedforward, name) for name in modules):
         return spec
     return replace(spec, feedforward=f".*({'|'.join(re.escape(name) for name in feedforward)})")

@@ -106,8 +106,8 @@ def _adalora_not(spot: Spot) -> str | None:
 def _ia3_not(spot: Spot) -> str | None:
     if spot.head_bias is not None:
         return (
-            f"IA³ on the tied output head scales its bias {spot.head_bias!r} too, which lies elsewhere than the weight; "
-            "adapt params where the head is a leaf of its own"
+            f"IA³ on the tied output head scales its bias {spot.head_bias!r} too, which lies elsewhere; adapt "
+            "params where the head is a leaf of its own"
         )
     if spot.is_lookup:
         return "IA³ has no form for embeddings"
