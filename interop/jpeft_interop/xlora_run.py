@@ -36,7 +36,7 @@ from jpeft_interop.xlora_plot import plot_scalings
 
 LENGTH, BATCH = 128, 2  # tokens in a block, blocks in a batch; of a mixture's batch, half are of each kind
 HELD_OUT, HELD_OUT_BATCHES = 0.1, 4
-EXPERT_RATE, RATE = 2e-3, 1e-3
+EXPERT_RATE, RATE = 2e-3, 5e-3
 # Of different ranks, on different weights: what an X-LoRA may be made of.
 SPECS = (
     jpeft.LoRA(rank=8, alpha=16, targets=["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]),
@@ -217,10 +217,12 @@ def _put(text: str, path: Path) -> None:
 
 
 def mean_of(made: xlora.Mixture, scalings: np.ndarray) -> np.ndarray:
-    """(K,): the mean scaling of each expert over the layers where it has something to add."""
+    """(K,): the mean scaling of each expert on the weights that all of them adapt; if there are none, on its own."""
     layers = [layer.path for layer in xlora.layers_of(made.experts) for _ in range(layer.size)]
     acts = np.array([[path in made.experts[name].trained for name in made.names] for path in layers])
-    return (scalings * acts).sum(0) / acts.sum(0)
+    shared = acts.all(axis=1, keepdims=True)
+    chosen = acts & shared if np.any(shared) else acts
+    return (scalings * chosen).sum(0) / chosen.sum(0)
 
 
 def _introduce(console: Console, made: xlora.Mixture, texts: Sequence[Text]) -> None:
@@ -253,7 +255,7 @@ def _conclude(
         shares = (mean_of(made, one.scalings) for one in (before[name], usage))
         cells = [f"{was:.2f} → {is_:.2f}" for was, is_ in zip(*shares, strict=True)]
         table.add_row(name, *cells, f"{before[name].loss:.3f} → {usage.loss:.3f}")
-    console.print("mean scalings, before → after:", table, highlight=False)
+    console.print("mean scalings where the experts meet, before → after:", table, highlight=False)
     console.print(f"mixture  {out / MIXTURE}\nplot     {out / PLOT}", highlight=False, soft_wrap=True)
     for name, usage in after.items() if promised else ():
         most = made.names[int(np.argmax(mean_of(made, usage.scalings)))]
