@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 import jpeft
+from jpeft.targets import frozen_mapping
 from jpeft_interop.peft_types import lora
 from jpeft_interop.peft_types.fields import COUNT, POSITIVE, Config, Field, PeftType, between, is_number
 
@@ -86,7 +87,8 @@ def _read(config: Config) -> jpeft.AdaLoRA:
 def _write(spec: jpeft.AdaLoRA) -> dict[str, Any]:
     """The ranks of `spec` are by whole names, each dot after a backslash."""
     kept = lambda rank: [True] * rank + [False] * (spec.rank - rank)
-    pattern = {f"{name.replace(chr(92), '')}{MARK}": kept(rank) for name, rank in spec.ranks}  # pyright: ignore
+    modules = ((name.replace(r"\.", "."), rank) for name, rank in frozen_mapping(spec.ranks))
+    pattern = {f"{module}{MARK}": kept(rank) for module, rank in modules}
     return lora.shared_of(spec) | {
         "beta1": spec.beta1,
         "beta2": spec.beta2,
