@@ -48,10 +48,12 @@ JPEFT = (
 JPEFT_INTEROP = (
     "Place",
     "generate",
+    "load_adapters",
     "load_model",
     "load_peft",
     "params_from_torch",
     "params_to_torch",
+    "save_adapters",
     "save_model",
     "save_peft",
 )

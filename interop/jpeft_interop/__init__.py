@@ -1,5 +1,7 @@
 """jpeft's outside world: Hugging Face and torch formats, reference models in Flax, the command line."""
 
+from jpeft_interop.adapter_folders import load_adapters as load_adapters
+from jpeft_interop.adapter_folders import save_adapters as save_adapters
 from jpeft_interop.generate import generate as generate
 from jpeft_interop.layout import Place as Place
 from jpeft_interop.load_model import load_model as load_model

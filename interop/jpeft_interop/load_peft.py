@@ -257,27 +257,39 @@ class _Reading:
                 self._check_same(key, plain[kept])
                 continue
             module, _, leaf = kept.rpartition(".base_layer.")
-            if module and leaf == "weight":
-                self._check_base_weight(module, key)
-                continue
-            if module and module not in factors:
+            if module and module not in factors and leaf != "weight":
                 raise AdapterError(f"{self.file}: key {key!r} is of a layer that has no factors in the file")
-            found[f"{module}.{leaf}" if module else kept] = key
+            kept = f"{module}.{leaf}" if module else kept
+            if self._is_trained(kept):
+                found[kept] = key
+            else:
+                self._check_is_base(kept, key)
         return found
+
+    def _is_trained(self, name: str) -> bool:
+        """Whether the config says that a param of the base is trained whole.
+
+        Of `modules_to_save` as PEFT reads it: the end of a module's path, at a dot or not (`norm`, `input_layernorm`).
+        """
+        *modules, leaf = name.split(".")
+        paths = [".".join(modules[: i + 1]) for i in range(len(modules))]
+        saved = any(path.endswith(end) for path in paths for end in self.spec.modules_to_save)
+        return saved or (leaf == "bias" and self.spec.bias != "none")
 
     def _check_same(self, key: str, other: str) -> None:
         if not np.array_equal(self.tensors[key], self.tensors[other]):
             raise AdapterError(f"{self.file}: keys {key!r} and {other!r} are one param, and hold different values")
 
-    def _check_base_weight(self, module: str, key: str) -> None:
-        """PEFT stores a targeted embedding's base weight too: it has to be the one that is here."""
-        entry = find(self.entries, f"{module}.weight", self.file, key)
+    def _check_is_base(self, name: str, key: str) -> None:
+        """What is not trained may only say what the base is: PEFT stores a targeted embedding's weight, for one."""
+        entry = find(self.entries, name, self.file, key)
         base = np.asarray(self.flat[entry.path])
         found = leaf_from_torch(self.tensors[key], self.layout[entry.path])
         if found.shape != base.shape or not np.array_equal(found.astype(base.dtype), base):
             raise AdapterError(
-                f"{self.file}: key {key!r} is the base's own weight, and differs from {entry.path!r} in the params: "
-                "the adapter was trained on another base (a resized vocabulary?); load that base"
+                f"{self.file}: key {key!r} is the base's own weight ({CONFIG} has it neither in 'modules_to_save' nor "
+                f"as a bias), and differs from {entry.path!r} in the params: an adapter never changes the base "
+                "unasked. Was it trained on another base (a resized vocabulary)? Load that one"
             )
 
     def _replaced(self, name: str, key: str) -> tuple[Site, Leaves, Leaves]:

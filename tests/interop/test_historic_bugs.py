@@ -267,7 +267,7 @@ def test_base_weights_in_an_adapters_file_never_change_the_base(params, kernels,
     np.testing.assert_array_equal(tensors[key], params["model"]["embed_tokens"]["embedding"])
     same(load_peft(tmp_path, params).trained, adapter.trained)
     save_file(tensors | {key: tensors[key] + 1}, tmp_path / WEIGHTS, {"format": "pt"})
-    with pytest.raises(jpeft.AdapterError, match="is the base's own weight, and differs"):
+    with pytest.raises(jpeft.AdapterError, match="is the base's own weight .*, and differs"):
         load_peft(tmp_path, params)
     stray = {"base_model.model.model.layers.0.self_attn.k_proj.weight": tensors[key][:16, :32].copy()}
     save_file(tensors | stray, tmp_path / WEIGHTS, {"format": "pt"})
