@@ -3,6 +3,7 @@
 import json
 import random
 
+import jax
 import numpy as np
 import pytest
 
@@ -20,7 +21,15 @@ WORDS = {"letters": ["cat", "dog", "mat", "log", "the"], "digits": ["12", "345",
 
 
 @pytest.fixture
-def small(tmp_path, monkeypatch):
+def quick():
+    """Programs compiled in a hurry: these run for a second."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch, quick):
     """A tiny model and two kinds of text; rates that move it."""
     for name, value in {"LENGTH": 16, "BATCH": 4, "EXPERT_RATE": 0.05, "RATE": 0.05}.items():
         monkeypatch.setattr(xlora_run, name, value)
@@ -81,8 +90,8 @@ def settings(folder, **changes):
 def test_it_fails_where_it_does_not_hold_its_promise(small):
     """An expert on each kind of text, and the classifier prefers the other."""
     _, params = load_model(small / "model", dtype="float32")
-    expert = jpeft.init(xlora_run.jax.random.key(0), jpeft.LoRA(rank=1, targets=["q_proj"]), params)
-    made = xlora.init(xlora_run.jax.random.key(0), xlora.XLoRA(), {"a": expert, "b": expert}, features=32)
+    expert = jpeft.init(jax.random.key(0), jpeft.LoRA(rank=1, targets=["q_proj"]), params)
+    made = xlora.init(jax.random.key(0), xlora.XLoRA(), {"a": expert, "b": expert}, features=32)
     usage = {name: xlora_train.Usage(1.0, np.array([[0.4, 0.6]])) for name in ("a", "b")}
     console = xlora_run.Console(quiet=True)
     with pytest.raises(MixtureError, match="on a, held out, the expert 'b' is used most"):
