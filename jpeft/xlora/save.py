@@ -18,7 +18,6 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from jpeft.adapter import Adapter
 from jpeft.atomic import write_folder
 from jpeft.errors import AdapterError, JpeftError
 from jpeft.save import load as load_adapter
@@ -74,19 +73,9 @@ def load(folder: str | os.PathLike[str]) -> Mixture:
     for k, name in enumerate(names):
         if not _expert(folder, k).is_file():
             raise AdapterError(f"{folder}: expert {name!r} is missing; expected it in {_expert(folder, k).name}")
-    experts = {name: _in_shape(load_adapter(_expert(folder, k))) for k, name in enumerate(names)}
+    experts = {name: load_adapter(_expert(folder, k)) for k, name in enumerate(names)}
     check_experts(spec, experts)
     return Mixture(experts, _classifier(tensors, spec, outputs_of(spec, experts), folder / MAIN), spec, names)
-
-
-def _in_shape(expert: Adapter) -> Adapter:
-    """Scalings have the shape of the kernel's batch axes; `jpeft.save` gives one without axes an axis of size one."""
-    shapes = {site.path: site.kernel.batch_shape for site in expert.sites}
-    constant = {
-        path: leaves | {"scaling": leaves["scaling"].reshape(shapes[path])} if "scaling" in leaves else leaves
-        for path, leaves in expert.constant.items()
-    }
-    return expert.replace(constant=constant)
 
 
 def _expert(folder: Path, k: int) -> Path:
