@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -252,7 +252,7 @@ class _Reading:
         for name, key in plain.items():
             if ".original_module." in name:  # PEFT leaves the base's copy in the file, and never uses it
                 continue
-            kept = name.replace(".modules_to_save.", ".")
+            kept = _without_wrapper(name, plain)
             if kept != name and kept in plain:
                 self._check_same(key, plain[kept])
                 continue
@@ -321,6 +321,14 @@ class _Reading:
                     f"{self.file}: 'bias' is {self.spec.bias!r} in {CONFIG}, and {PREFIX + key!r} is missing; the file "
                     f"has {nearest(PREFIX + key, self.tensors)}"
                 )
+
+
+def _without_wrapper(name: str, known: Container[str]) -> str:
+    """A param of a saved module by its own name; of a layer inside it, PEFT's other name has the adapter's in it."""
+    outer, wrapper, inner = name.partition(".modules_to_save.")
+    kept = f"{outer}.{inner}" if wrapper else name
+    shorter = f"{outer}.{inner.partition('.')[2]}"
+    return shorter if wrapper and kept not in known and shorter in known else kept
 
 
 def _padded(leaves: Leaves, rank: int) -> Leaves:

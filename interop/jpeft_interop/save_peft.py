@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -149,8 +149,17 @@ def _whole(
         saved = saves_module(adapter.spec.modules_to_save, module)
         if saved and leaf == "bias" and adapter.spec.bias == "all":  # PEFT's two other names for it
             base = np.asarray(flat[site.path]).astype(value.dtype)
-            yield f"{PREFIX}{module}.modules_to_save.bias", value
-            yield f"{PREFIX}{module}.original_module.bias", base
+            outer = _saved_module(adapter.spec.modules_to_save, module)
+            inner = key.removeprefix(f"{outer}.")
+            yield f"{PREFIX}{outer}.modules_to_save.{'default.' if outer != module else ''}{inner}", value
+            yield f"{PREFIX}{outer}.original_module.{inner}", base
+
+
+def _saved_module(saved: Sequence[str], module: str) -> str:
+    """The outermost of a module and those around it that is saved whole."""
+    parts = module.split(".")
+    around = (".".join(parts[: i + 1]) for i in range(len(parts)))
+    return next(path for path in around if names_module(tuple(saved), path))
 
 
 def _exported_spec(adapter: Adapter, layout: Layout) -> Any:

@@ -8,14 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from peft import AdaLoraConfig
+from peft import AdaLoraConfig, LoraConfig
 from safetensors.numpy import load_file, save_file
 
 import jpeft
 from jpeft_interop import load_peft, params_from_torch, save_peft
 from jpeft_interop.layout import Place
 from peft_round_trip import WEIGHTS, assert_both_ways, assert_logits, equal_files, largest_difference, logits_of
-from peft_twins import FAMILIES, adapted_by, base, gpt2, llama, load, save
+from peft_twins import FAMILIES, adapted_by, base, bert, gpt2, llama, load, save
 
 LINEAR = {
     "llama": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"),
@@ -166,6 +166,15 @@ def test_a_tied_head(tmp_path):
     config = AdaLoraConfig(init_r=3, target_r=2, total_step=9, target_modules=["q_proj", "lm_head"])
     adapter = assert_both_ways(module, adapted_by(module, config), tmp_path, mergeable=False)
     assert [site.use for site in adapter.sites if "embed" in site.path] == ["product"]
+
+
+@pytest.mark.parametrize("make", [LoraConfig, lambda **more: AdaLoraConfig(init_r=3, target_r=1, total_step=9, **more)])
+def test_a_saved_module_of_layers_with_its_biases(make, tmp_path):
+    # PEFT writes these biases under three names, one of them with the adapter's name in it.
+    module, config = base(bert), make(target_modules=["query"], bias="all", modules_to_save=["pooler", "classifier"])
+    assert_both_ways(module, adapted_by(module, config), tmp_path)
+    names = [name for name in load_file(tmp_path / "ours" / WEIGHTS) if "pooler" in name and "bias" in name]
+    assert len(names) == 3 and any("default" in name for name in names)
 
 
 def test_convolutions(tmp_path):
