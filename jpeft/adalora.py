@@ -60,6 +60,8 @@ def budgets(spec: AdaLoRA, matrices: int) -> np.ndarray:
       >>> budgets(AdaLoRA(rank=4, target_rank=1, total_steps=6, initial_steps=1, final_steps=1), 2)
       array([8, 8, 4, 2, 2, 2, 2], dtype=int32)
     """
+    if spec.target_rank > spec.rank:  # legal in a file whose budget nobody ever asked for: PEFT's default target is 8
+        raise SpecError(f"AdaLoRA: target_rank must be at most rank ({spec.rank}); found {spec.target_rank}")
     start, target = spec.rank * matrices, spec.target_rank * matrices
     first, last = spec.initial_steps, _total(spec) - spec.final_steps
 
@@ -89,7 +91,7 @@ def adalora(inner: optax.GradientTransformation, adapter: Adapter) -> optax.Grad
       adapter: made by `jpeft.init` with a `jpeft.AdaLoRA` spec that has `total_steps`.
 
     Raises:
-      SpecError: the adapter's spec is another, or has no `total_steps`.
+      SpecError: the adapter's spec is another, has no `total_steps` or a target above its rank; or it is pruned.
 
     Example:
       >>> import jpeft
@@ -101,6 +103,12 @@ def adalora(inner: optax.GradientTransformation, adapter: Adapter) -> optax.Grad
     """
     sites = adalora_sites(adapter)
     spec: Any = adapter.spec
+    for site in sites:
+        if site.rank != spec.rank:
+            raise SpecError(
+                f"{site.path!r} has rank {site.rank} of {spec.rank}: its adapter is pruned, and the budget starts from "
+                "whole ones; go on training it with the optimizer alone"
+            )
     chosen = {site.path: np.asarray(site.chosen, bool) for site in sites}
     budget = jnp.asarray(budgets(spec, sum(int(one.sum()) for one in chosen.values())))
     entries = spec.rank * sum(int(one.sum()) for one in chosen.values())

@@ -133,11 +133,16 @@ def test_the_penalty_is_zero_for_orthogonal_factors():
 
 
 def test_the_schedule_is_checked():
-    for wrong in ({"target_rank": 5}, {"initial_steps": 6, "final_steps": 6}, {"every": 0}, {"rank": 0}, {"beta1": 1}):
+    for wrong in ({"initial_steps": 6, "final_steps": 6}, {"every": 0}, {"rank": 0}, {"beta1": 1}):
         with pytest.raises(jpeft.SpecError, match="AdaLoRA: "):
             jpeft.AdaLoRA(**{"rank": 4, "target_rank": 1, "total_steps": 12, **wrong})
     with pytest.raises(jpeft.SpecError, match="total_steps="):
         jpeft.adalora(optax.sgd(1.0), jpeft.init(jax.random.key(0), jpeft.AdaLoRA(), PARAMS))
+    above = jpeft.init(jax.random.key(0), jpeft.AdaLoRA(rank=4, target_rank=5, total_steps=12), PARAMS)
+    with pytest.raises(jpeft.SpecError, match=r"target_rank must be at most rank \(4\)"):
+        jpeft.adalora(optax.sgd(1.0), above)
+    with pytest.raises(jpeft.SpecError, match="its adapter is pruned, and the budget starts from whole ones"):
+        jpeft.adalora(optax.sgd(1.0), jpeft.prune(jpeft.init(jax.random.key(0), SPEC, PARAMS)))
     lora = jpeft.init(jax.random.key(0), jpeft.LoRA(), PARAMS)
     with pytest.raises(jpeft.SpecError, match="the budget is AdaLoRA's"):
         jpeft.adalora(optax.sgd(1.0), lora)

@@ -83,8 +83,6 @@ class AdaLoRA(Spec):
     def _check_schedule(self) -> None:
         for name, least in (("initial_steps", 0), ("final_steps", 0), ("every", 1)):
             self.check_ranks(name, getattr(self, name), least)
-        if self.target_rank > self.rank:
-            raise self.fail(f"target_rank must be at most rank ({self.rank}); found {self.target_rank}")
         if self.total_steps is None:
             return
         self.check_ranks("total_steps", self.total_steps, 1)
