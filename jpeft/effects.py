@@ -31,6 +31,8 @@ def weighted_adapters(adapters: Adapters, weights: Weights = None) -> list[Weigh
         adapters = [adapters[name] for name in names]
     if isinstance(weights, Mapping):
         raise SpecError(f"weights are by name ({sorted(weights)}), the adapters are not; give {{name: adapter}}")
+    if (why := getattr(type(adapters), "not_an_adapter", None)) is not None:
+        raise TypeError(why)
     group = [adapters] if isinstance(adapters, Adapter) else adapters
     if not isinstance(group, (list, tuple)) or not all(isinstance(one, Adapter) for one in group):
         raise TypeError(

@@ -7,6 +7,8 @@ JpeftError
 ├── MergeError       folding in would be wrong: a value that is not finite, a tie that would break
 ├── AdapterError     an adapter's file or folder that is broken, foreign, or does not fit the params
 └── WeightsError     weights (file, folder or torch module) that are broken, foreign, or do not fit the model
+
+jpeft_interop adds its own below JpeftError: ModelError, DataError and kin, each beside what raises it.
 """
 
 

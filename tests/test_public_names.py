@@ -51,6 +51,7 @@ JPEFT_INTEROP = (
     "load_adapters",
     "load_model",
     "load_peft",
+    "load_peft_xlora",
     "params_from_torch",
     "params_to_torch",
     "save_adapters",

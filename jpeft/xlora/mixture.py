@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -53,6 +53,11 @@ class Mixture:
     classifier: mlp.Classifier
     spec: XLoRA = field(metadata={"static": True})
     names: tuple[str, ...] = field(metadata={"static": True})
+
+    not_an_adapter: ClassVar[str] = (
+        "an X-LoRA mixture is no adapter: it differs from token to token, so no single weight does it, and it can't be "
+        "applied, merged or attached; run it with jpeft.xlora.lift(model)(params, mixture, ...)"
+    )
 
     @property
     def trained(self) -> dict[str, Any]:
