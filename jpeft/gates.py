@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.core import Tracer
 
 from jpeft.effects import Effect, Weighted, effects_by_path
 from jpeft.errors import LiftError, SpecError
@@ -27,12 +28,13 @@ def as_gates(gates: Any, adapters: int) -> Gates:
     """Gates as floats with an axis for the adapters: an integer a row becomes a one there, and -1 nothing at all.
 
     Raises:
-      SpecError: there are gates for another number of adapters.
+      SpecError: there are gates for another number of adapters, or (outside jit) a number that no adapter has.
     """
     if isinstance(gates, Mapping):
         return {path: as_gates(one, adapters) for path, one in gates.items()}  # pyright: ignore[reportReturnType]
     gates = jnp.asarray(gates)
     if jnp.issubdtype(gates.dtype, jnp.integer):
+        _check_numbers(gates, adapters)
         return jax.nn.one_hot(gates, adapters)
     if gates.ndim < 2 or gates.shape[-1] != adapters:
         raise SpecError(
@@ -40,6 +42,11 @@ def as_gates(gates: Any, adapters: int) -> Gates:
             "(rows, ...), the number of the adapter each row gets, -1 for none"
         )
     return gates
+
+
+def _check_numbers(numbers: Array, adapters: int) -> None:
+    if not isinstance(numbers, Tracer) and bool(((numbers < -1) | (numbers >= adapters)).any()):
+        raise SpecError(f"gates are numbers of {adapters} adapters, from 0, or -1 for none; found {numbers.tolist()}")
 
 
 def rows(names: Sequence[str], adapters: Iterable[str]) -> Array:

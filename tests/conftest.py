@@ -10,6 +10,31 @@ import jax
 import pytest
 
 
+# Most of a test's time goes to the compiler. What looks at compiled programs, at the fast path, at real models or at the
+# README compiles as users do; the rest compares small numbers, for which it may hurry.
+AS_USERS_DO = {
+    "test_attach.py",
+    "test_flops.py",
+    "test_gates.py",
+    "test_generate.py",
+    "test_lift.py",
+    "test_load_model.py",
+    "test_methods.py",
+    "test_models_bert.py",
+    "test_quickstart.py",
+    "test_readme.py",
+    "test_train.py",
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_in_a_hurry(request):
+    """Compile with few optimizations, but for the modules above."""
+    jax.config.update("jax_disable_most_optimizations", request.path.name not in AS_USERS_DO)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 def pytest_addoption(parser):
     parser.addoption("--seed", type=int, help="of the fixture `key`; each test has its own if not given")
 

@@ -120,6 +120,8 @@ def test_what_can_not_be_routed():
             jpeft.attach(PARAMS, adapter, gates=jnp.zeros((4, 1)))
     with pytest.raises(jpeft.SpecError, match=r"gates of shape \(4, 2\) for 3 adapters"):
         run(jnp.zeros((4, 2)))
+    with pytest.raises(jpeft.SpecError, match=r"numbers of 3 adapters, from 0, or -1 for none; found \[0, 3, 1, 2\]"):
+        jpeft.attach(PARAMS, experts(), gates=[0, 3, 1, 2])
     with pytest.raises(jpeft.LiftError, match=r"meets rows of shape \(4, 3\), and the gates are for \(5,\)"):
         run(jnp.zeros((5, 3)))
     with pytest.raises(jpeft.SpecError, match="no gates for 'k/kernel'"):

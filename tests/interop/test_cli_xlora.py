@@ -21,15 +21,7 @@ WORDS = {"letters": ["cat", "dog", "mat", "log", "the"], "digits": ["12", "345",
 
 
 @pytest.fixture
-def quick():
-    """Programs compiled in a hurry: these run for a second."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-@pytest.fixture
-def small(tmp_path, monkeypatch, quick):
+def small(tmp_path, monkeypatch):
     """A tiny model and two kinds of text; rates that move it."""
     for name, value in {"LENGTH": 16, "BATCH": 4, "EXPERT_RATE": 0.05, "RATE": 0.05}.items():
         monkeypatch.setattr(xlora_run, name, value)

@@ -290,5 +290,5 @@ def test_an_order_that_lacks_a_module(base, experts, params, tmp_path):
 def test_peft_merges_what_cannot_be(base, experts, params, whole):
     """PEFT's merge_and_unload gives a model that is another one; here it is refused."""
     mixture = load_peft_xlora(whole, params)
-    with pytest.raises((TypeError, jpeft.MergeError), match="Mixture"):
+    with pytest.raises(TypeError, match="so no single weight does it"):
         jpeft.merge(params, mixture)
