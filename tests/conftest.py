@@ -9,9 +9,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import jax
 import pytest
 
-
-# Most of a test's time goes to the compiler. What looks at compiled programs, at the fast path, at real models or at the
-# README compiles as users do; the rest compares small numbers, for which it may hurry.
+# Most of a test's time goes to the compiler. What looks at compiled programs, at the fast path, at real models or at
+# the README compiles as users do; the rest compares small numbers, for which it may hurry.
 AS_USERS_DO = {
     "test_attach.py",
     "test_flops.py",
