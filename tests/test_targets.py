@@ -8,8 +8,8 @@ import jpeft
 from jpeft.targets import layer_number
 
 peft_utils = pytest.importorskip("peft.tuners.tuners_utils")
-from peft import LoraConfig  # noqa: E402
-from peft.utils.other import get_pattern_key  # noqa: E402
+from peft import LoraConfig  # noqa: E402  (after the skip: a core install has no PEFT)
+from peft.utils.other import get_pattern_key  # noqa: E402  (likewise)
 
 LLAMA = [
     "model.embed_tokens",

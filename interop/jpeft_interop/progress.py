@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
 
 from jpeft.errors import JpeftError
-from jpeft_interop.train import Metrics, State
+from jpeft_interop.train import Metrics, S
 
 SMOOTHING = 0.9
 
@@ -21,8 +21,8 @@ class TrainingError(JpeftError):
 
 
 def watched(
-    steps: Iterable[tuple[State, Metrics]], total: int, console: Console, *, done: int = 0
-) -> Iterator[tuple[State, Metrics]]:
+    steps: Iterable[tuple[S, Metrics]], total: int, console: Console, *, done: int = 0
+) -> Iterator[tuple[S, Metrics]]:
     """The same steps, their metrics as numbers, shown as they come; ends after `total`.
 
     Metrics are waited for, so the time of a step is the time it took. The first step, which is compiled, does not count

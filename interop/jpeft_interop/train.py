@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,7 @@ from jpeft_interop.data.rows import IGNORE
 
 Batch = Mapping[str, Any]
 Forward = Callable[..., Any]
+S = TypeVar("S")
 
 
 @jax.tree_util.register_dataclass
@@ -226,9 +227,9 @@ def _rank(adapter: jpeft.Adapter) -> Array | None:
 
 
 def run(
-    step: Callable[[State, Any, Batch], tuple[State, Metrics]], state: State, params: Any, batches: Iterable[Batch]
-) -> Iterator[tuple[State, Metrics]]:
-    """Step after step, as long as there are batches; each state is good until the next one is asked for."""
+    step: Callable[[S, Any, Batch], tuple[S, Metrics]], state: S, params: Any, batches: Iterable[Batch]
+) -> Iterator[tuple[S, Metrics]]:
+    """Step after step, as long as there are batches; each state, of whatever kind, is good until the next one."""
     for batch in batches:
         state, metrics = step(state, params, batch)
         yield state, metrics

@@ -10,8 +10,9 @@ import dataclasses
 import itertools
 import json
 import sysconfig
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from jpeft_interop.progress import watched
 from jpeft_interop.quickstart import topics
 from jpeft_interop.save_peft import save_peft
 from jpeft_interop.tokenizer import Tokenizer, load_tokenizer
+from jpeft_interop.train import S
 from jpeft_interop.xlora_plot import plot_scalings
 
 LENGTH, BATCH = 128, 2  # tokens in a block, blocks in a batch; of a mixture's batch, half are of each kind
@@ -171,9 +173,7 @@ def _expert(text: Text, number: int, forward: Any, params: Any, settings: Settin
     state = train.start(adapter, optimizer, key)
     batches = data.shuffled(text.rows, BATCH, settings.seed)
     steps = train.run(train.step(forward, optimizer), state, params, batches)
-    for state, _ in watched(steps, settings.expert_steps, console):  # noqa: B007  # the last state is what was trained
-        pass
-    return state.adapter
+    return _last(watched(steps, settings.expert_steps, console), state).adapter
 
 
 def _learn(
@@ -183,10 +183,13 @@ def _learn(
     console.print("[bold]classifier[/]  told nothing but the next token", highlight=False)
     optimizer = train.adamw(RATE, settings.steps)
     state = xlora_train.start(made, optimizer, jax.random.fold_in(jax.random.key(settings.seed), 2))
-    steps: Any = train.run(xlora_train.step(forward, optimizer), state, params, _mixed(texts, settings.seed))  # pyright: ignore
-    for state, _ in watched(steps, settings.steps, console):  # noqa: B007
-        pass
-    return state.mixture  # pyright: ignore[reportAttributeAccessIssue]
+    steps = train.run(xlora_train.step(forward, optimizer), state, params, _mixed(texts, settings.seed))
+    return _last(watched(steps, settings.steps, console), state).mixture
+
+
+def _last(steps: Iterable[tuple[S, Any]], start: S) -> S:
+    """The state after the last of the steps; the one before them, if there are none."""
+    return reduce(lambda _, step: step[0], steps, start)
 
 
 def _mixed(texts: Sequence[Text], seed: int) -> Iterator[Any]:

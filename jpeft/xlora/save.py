@@ -67,7 +67,7 @@ def load(folder: str | os.PathLike[str]) -> Mixture:
     try:
         with safe_open(folder / MAIN, framework="flax") as file:
             spec, names = _described(file.metadata() or {}, folder / MAIN)
-            tensors = {key: jnp.asarray(file.get_tensor(key)) for key in file.keys()}  # noqa: SIM118
+            tensors = {key: jnp.asarray(file.get_tensor(key)) for key in file.keys()}  # noqa: SIM118  (no iterable)
     except SafetensorError as error:
         raise AdapterError(f"{folder / MAIN}: not a whole safetensors file ({error})") from error
     for k, name in enumerate(names):
