@@ -21,7 +21,7 @@ from jpeft.targets import ALL_LINEAR, is_kept, names_module
 from jpeft.tree import dotted, flatten, nearest
 from jpeft_interop.ia3_keys import as_peft_reads, bias_of_head
 from jpeft_interop.json_file import read_json_object
-from jpeft_interop.layout import Entry, Index, Layout, default_layout, find, invert, leaf_from_torch
+from jpeft_interop.old_layout import Entry, Index, Layout, default_layout, find, invert, leaf_from_torch
 from jpeft_interop.lora_keys import Leaves
 from jpeft_interop.peft_config import PeftConfig, read_config
 from jpeft_interop.peft_keys import PREFIX, Keys, Spot, keys_of

@@ -24,7 +24,7 @@ from jpeft.xlora import Mixture, layers_of
 from jpeft.xlora.classifier import Dense
 from jpeft.xlora.mixture import check_experts
 from jpeft_interop.json_file import read_json_object
-from jpeft_interop.layout import Index, Layout, default_layout, tied_heads
+from jpeft_interop.old_layout import Index, Layout, default_layout, tied_heads
 from jpeft_interop.load_peft import CONFIG, WEIGHTS, load_peft
 from jpeft_interop.safetensors_file import read_safetensors
 from jpeft_interop.xlora_config import XLoraConfig, read_xlora_config

@@ -21,7 +21,7 @@ from jpeft.site import Site
 from jpeft.targets import ALL_LINEAR, Targets, frozen_mapping, is_kept, names_module, saves_module
 from jpeft.tree import dotted, flatten
 from jpeft_interop.ia3_keys import bias_of_head, is_feedforward
-from jpeft_interop.layout import Index, Layout, default_layout, invert, leaf_to_torch, tied_heads
+from jpeft_interop.old_layout import Index, Layout, default_layout, invert, leaf_to_torch, tied_heads
 from jpeft_interop.load_peft import CONFIG, WEIGHTS
 from jpeft_interop.peft_config import PeftConfig, write_config
 from jpeft_interop.peft_keys import KEYS, PREFIX, Spot, keys_of

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 import jpeft
 from jpeft_interop import load_peft, params_from_torch, save_peft
-from jpeft_interop.layout import Place
+from jpeft_interop.old_layout import Place
 from peft_round_trip import WEIGHTS, assert_both_ways, assert_logits, equal_files, largest_difference, logits_of
 from peft_twins import FAMILIES, adapted_by, base, bert, gpt2, llama, load, save
 

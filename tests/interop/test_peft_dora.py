@@ -103,7 +103,7 @@ def test_a_bias_of_b_is_refused_here_and_there(tmp_path):
 
 
 def test_stacked_layers_are_unstacked(tmp_path, key):
-    from jpeft_interop.layout import Place
+    from jpeft_interop.old_layout import Place
 
     stack = jpeft.Kernel((3, 6, 5), (1,), (2,), (0,))
     params = {"layers": {"q": {"kernel": np.random.default_rng(0).standard_normal(stack.shape, np.float32)}}}

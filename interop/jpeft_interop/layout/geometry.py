@@ -1,0 +1,65 @@
+"""The geometry of a leaf, as torch's use of the tensors that it lies in implies it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from jpeft.errors import WeightsError
+from jpeft.kernel import Kernel
+from jpeft_interop.layout.link import Kind, Link
+from jpeft_interop.layout.place import Place
+
+# Of a torch tensor, the axes that its module contracts (looks up, for an embedding), in the order that a kernel here
+# has them, and those that come out.
+CONTRACTED = {"linear": (1,), "conv1d": (0,), "embedding": (0,)}
+OUTPUT = {"linear": (0,), "conv": (0,), "conv1d": (1,), "embedding": (1,)}
+
+
+def contracted_axes(kind: Kind, ndim: int) -> tuple[int, ...]:
+    """Torch's contracted axes: of a convolution, the taps and then the channels."""
+    return (*range(2, ndim), 1) if kind == "conv" else CONTRACTED[kind]
+
+
+def kernel_of(place: Place, links: Sequence[Link]) -> Kernel | None:
+    """The leaf's geometry: an axis whose index is in torch's key is a batch axis. None for the weight of no product.
+
+    A leaf that is an embedding and a head is an embedding.
+
+    Raises:
+      WeightsError: an axis of the leaf would have two roles.
+    """
+    weights = [link for link in links if link.kind != "plain"]
+    if not weights:
+        return None
+    link = next((link for link in weights if link.kind == "embedding"), weights[0])
+    roles = [_roles(link, axis.names) for axis in link.leaf]
+    for axis, found in enumerate(roles):
+        if len(found) > 1:
+            raise WeightsError(f"{link.path!r} ({place.axes}): axis {axis} would be {' and '.join(sorted(found))}")
+    of = lambda role: tuple(axis for axis, found in enumerate(roles) if role in found)
+    kind = link.kind if link.kind in ("embedding", "conv") else "product"
+    return Kernel(place.shape, of("contracted"), of("output"), of("batch"), kind=kind)
+
+
+def _roles(link: Link, names: Sequence[str]) -> set[str]:
+    return {_role(link, name) for name in names} or {"contracted"}  # an axis of length 1 may be either
+
+
+def _role(link: Link, name: str) -> str:
+    if name in dict(link.index):
+        return "batch"
+    output = {name for axis in OUTPUT[link.kind] for name in link.torch[axis].names}
+    return "output" if name in output else "contracted"
+
+
+def canonical_kernel(link: Link) -> Kernel:
+    """The kernel of the torch tensor on its own, its axes as `params_from_torch` has them.
+
+    An embedding that a head shares is an embedding for both.
+    """
+    shape = link.torch_shape
+    if link.kind == "conv":
+        whole = (*shape[2:], shape[1], shape[0])
+        return Kernel(whole, tuple(range(len(whole) - 1)), (len(whole) - 1,), kind="conv")
+    matrix = shape[::-1] if link.kind == "linear" else shape
+    return Kernel(matrix, (0,), (1,), kind="embedding" if link.kind == "embedding" else "product")
