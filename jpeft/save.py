@@ -18,7 +18,7 @@ from jpeft.adapter import Adapter, Meta, Part
 from jpeft.atomic import write_file
 from jpeft.errors import AdapterError, JpeftError
 from jpeft.kernel import Kernel
-from jpeft.methods import METHODS, SPECS
+from jpeft.methods import METHODS, SPECS, lora
 from jpeft.site import Site
 from jpeft.spec import Spec
 
@@ -110,6 +110,15 @@ def _check(adapter: Adapter, path: Path) -> None:
             found = adapter.leaves(where).get(leaf)
             if found is not None and found.shape != shape:
                 raise AdapterError(f"{path}: {leaf!r} of {where!r}: expected shape {shape}, found {found.shape}")
+        _check_mask(adapter, site, path)
+
+
+def _check_mask(adapter: Adapter, site: Site, path: Path) -> None:
+    leaves = adapter.leaves(site.path)
+    if "mask" in leaves:
+        allowed = lora.mask_shapes(site.kernel, site.rank) if "b" in leaves else [leaves["l"].shape]
+        if (found := leaves["mask"].shape) not in allowed:
+            raise AdapterError(f"{path}: 'mask' of {site.path!r}: expected a shape of {allowed}, found {found}")
 
 
 def _shapes(adapter: Adapter, site: Site) -> dict[str, tuple[int, ...]]:

@@ -46,6 +46,7 @@ JPEFT = (
 )
 
 JPEFT_INTEROP = (
+    "Layout",
     "Place",
     "generate",
     "load_adapters",

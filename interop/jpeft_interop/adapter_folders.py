@@ -14,7 +14,7 @@ from typing import Any
 import jpeft
 from jpeft.atomic import write_folder
 from jpeft.errors import AdapterError
-from jpeft_interop.old_layout import Layout
+from jpeft_interop.layout import Layout
 from jpeft_interop.load_peft import CONFIG, load_peft
 from jpeft_interop.save_peft import OTHERS, save_peft
 

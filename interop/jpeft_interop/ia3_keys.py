@@ -24,9 +24,12 @@ from jpeft_interop.models.families import FAMILIES
 
 IA3: Mapping[str, str] = {"l": ".ia3_l"}
 
-# Where the bias of a head lies that has another name for it, by the head's torch module.
+# The bias of a head that has another name for it, by the head's torch module.
 HEAD_BIASES = {
-    dotted(module_of(second)): first for family in FAMILIES for first, second in family.tied if second.endswith("/bias")
+    dotted(module_of(second)): dotted(first)
+    for family in FAMILIES
+    for first, second in family.tied
+    if second.endswith("/bias")
 }
 
 
@@ -63,13 +66,13 @@ def from_file(leaves: Leaves, kernel: Kernel, as_head: bool, on_input: bool) -> 
     return {"l_in": leaves["l"].reshape(kernel.sizes(axes))}
 
 
-def bias_of_head(module: str, paths: Container[str]) -> str | None:
-    """Where the bias of a tied head lies; None if it has none.
+def bias_of_head(module: str, keys: Container[str]) -> str | None:
+    """The torch name of a tied head's bias; None if it has none.
 
     It is not beside the weight, which is the embedding's, so an adapter of that weight does not reach it.
     """
-    own = f"{module.replace('.', '/')}/bias"
-    return next((path for path in (own, HEAD_BIASES.get(module)) if path is not None and path in paths), None)
+    names = (f"{module}.bias", HEAD_BIASES.get(module))
+    return next((name for name in names if name is not None and name in keys), None)
 
 
 def as_peft_reads(spec: Any, modules: Iterable[str]) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,33 +13,40 @@ import numpy as np
 
 from jpeft.adapter import Adapter, Meta
 from jpeft.errors import AdapterError
-from jpeft.kernel import Kernel
+from jpeft.kernel import Kernel, Kernels
 from jpeft.methods import METHODS
 from jpeft.site import Site
 from jpeft.spec import Spec
 from jpeft.targets import ALL_LINEAR, is_kept, names_module
-from jpeft.tree import dotted, flatten, nearest
-from jpeft_interop.ia3_keys import as_peft_reads, bias_of_head
+from jpeft.tree import flatten, nearest
+from jpeft_interop.ia3_keys import as_peft_reads
+from jpeft_interop.join import Joined, Piece
 from jpeft_interop.json_file import read_json_object
-from jpeft_interop.old_layout import Entry, Index, Layout, default_layout, find, invert, leaf_from_torch
+from jpeft_interop.layout import Layout, Link, default_layout, find
 from jpeft_interop.lora_keys import Leaves
 from jpeft_interop.peft_config import PeftConfig, read_config
-from jpeft_interop.peft_keys import PREFIX, Keys, Spot, keys_of
+from jpeft_interop.peft_keys import PREFIX, Keys, Spot, keys_of, spot_of
 from jpeft_interop.safetensors_file import read_safetensors
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 
 
-def load_peft(folder: str | os.PathLike[str], params: Any, *, layout: Layout | None = None) -> Adapter:
+def load_peft(
+    folder: str | os.PathLike[str], params: Any, *, layout: Layout | None = None, kernels: Kernels | None = None
+) -> Adapter:
     """An adapter from a folder that PEFT wrote (or `save_peft`).
 
     Args:
       folder: holds `adapter_config.json` and `adapter_model.safetensors`.
       params: the base it is for: as `load_model` or `params_from_torch` give them, or any with a `layout`.
       layout: where each path of the params lies in torch, for params with other names or shapes.
+      kernels: the weights' geometry, from `jpeft.kernels`, where the layout does not tell it all: which axes of a stack
+        are the model's own batch axes. The layout's by default.
 
     Returns:
-      the adapter; its spec is the folder's config, its arrays are in the file's dtypes.
+      the adapter: its spec is the folder's config, its arrays are in the file's dtypes. A fused weight's has a block of
+      directions for each torch module that has factors of its own, held apart by a constant mask; so have stacked
+      layers of different ranks.
 
     Raises:
       AdapterError: a file missing, broken or foreign, an option not done here, a key or shape that does not fit the
@@ -50,7 +57,8 @@ def load_peft(folder: str | os.PathLike[str], params: Any, *, layout: Layout | N
     tensors = _read_tensors(folder)
     flat = flatten(params)
     layout = default_layout(flat) if layout is None else layout
-    reading = _Reading(str(folder / WEIGHTS), config, flat, layout, invert(layout), tensors)
+    layout.check(flat)
+    reading = _Reading(str(folder / WEIGHTS), config, flat, layout, kernels or layout.kernels, tensors)
     return reading.adapter()
 
 
@@ -81,20 +89,6 @@ def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
 
 
 @dataclass(frozen=True)
-class _Matrix:
-    """What the file has of one matrix."""
-
-    spot: Spot
-    leaves: Leaves
-    use: str | None
-
-    @property
-    def rank(self) -> int:
-        """r; 0 where the method has none."""
-        return self.leaves["a"].shape[0] if "a" in self.leaves else 0
-
-
-@dataclass(frozen=True)
 class _Reading:
     """One file against one base: everything that a step of the reading needs to see."""
 
@@ -102,7 +96,7 @@ class _Reading:
     config: PeftConfig
     flat: Mapping[str, Any]
     layout: Layout
-    entries: Mapping[str, Entry]
+    kernels: Mapping[str, Kernel]
     tensors: Mapping[str, np.ndarray]
 
     @property
@@ -118,7 +112,7 @@ class _Reading:
         by_path = self._by_path(factors)
         self._check_targets(factors)
         parts = [self._adapted(path, found) for path, found in by_path.items()]
-        parts += [self._replaced(name, key) for name, key in self._params_of(plain, factors).items()]
+        parts += self._replaced(self._params_of(plain, factors))
         self._check_biases({site.path for site, _, _ in parts})
         sites = tuple(sorted((site for site, _, _ in parts), key=lambda site: site.path))
         trained = {site.path: {n: jnp.asarray(leaf) for n, leaf in leaves.items()} for site, leaves, _ in parts}
@@ -158,10 +152,7 @@ class _Reading:
         where = self.spec.where
         if where.targets == ALL_LINEAR:
             return
-        for key, entry in self.entries.items():
-            module, kernel = key.removesuffix(".weight"), self.layout[entry.path].kernel
-            if kernel is None or not key.endswith(".weight"):
-                continue
+        for module, kernel in self.layout.modules.items():
             path = f"{module}/weight".replace(".", "/")
             targeted = names_module(where.targets, module) and is_kept(where, path, kernel)
             if targeted and module not in factors and (self.keys.has_rank_zero or self.spec.rank_of(module) > 0):
@@ -173,70 +164,55 @@ class _Reading:
                     f"{self.file}: {module!r} has factors, and is no target in {CONFIG}: {where.targets!r}"
                 )
 
-    def _by_path(self, factors: Mapping[str, Leaves]) -> dict[str, dict[Index, _Matrix]]:
-        """The factors of each weight, by index on its batch axes."""
-        found: dict[str, dict[Index, _Matrix]] = {}
+    def _by_path(self, factors: Mapping[str, Leaves]) -> dict[str, list[Piece]]:
+        """The factors of each weight, matrix by matrix."""
+        found: dict[str, list[Piece]] = {}
         for module, leaves in factors.items():
             told = f"{PREFIX}{module}{next(iter(self.keys.suffixes.values()))}"
-            entry = find(self.entries, f"{module}.weight", self.file, told)
-            one = _Matrix(self._spot(module, entry), leaves, entry.use)
-            self._check_complete(one.spot, leaves)
-            group = found.setdefault(entry.path, {})
-            group[entry.index] = self._both_uses(entry.path, group[entry.index], one) if entry.index in group else one
+            for link in find(self.layout, f"{module}.weight", self.file, told):
+                one = Piece(self._spot(link), leaves, link)
+                self._check_complete(one.spot, leaves)
+                self._check_shapes(one)
+                _add(found.setdefault(link.path, []), one, self._both_uses)
         return found
 
-    def _spot(self, module: str, entry: Entry) -> Spot:
-        kernel = self.layout[entry.path].kernel
-        if kernel is None:
-            raise AdapterError(f"{self.file}: {entry.path!r} has factors, and the layout gives it no axes (a kernel)")
-        as_head = entry.use == "product"
-        spot = Spot(module, kernel, as_head, bias_of_head(module, self.layout) if as_head else None)
+    def _spot(self, link: Link) -> Spot:
+        if link.kind == "plain":
+            raise AdapterError(
+                f"{self.file}: {link.path!r} has factors, and in the layout it is the weight of no product"
+            )
+        spot = spot_of(link, self.kernels[link.path], self.layout)
         if (reason := self.keys.why_not(spot)) is not None:
-            raise AdapterError(f"{self.file}: {module!r} can't be loaded: {reason}")
+            raise AdapterError(f"{self.file}: {spot.module!r} can't be loaded: {reason}")
         return spot
 
-    def _both_uses(self, path: str, one: _Matrix, other: _Matrix) -> _Matrix:
+    def _both_uses(self, one: Piece, other: Piece) -> Piece:
         """A tied weight with the same change on either side is adapted in all its uses."""
-        embedding, head = (one, other) if one.use == "lookup" else (other, one)
+        embedding, head = (other, one) if one.spot.as_head else (one, other)
         pairs = ((embedding.leaves["a"], head.leaves["b"].T), (embedding.leaves["b"], head.leaves["a"].T))
         same_scale = self.spec.alpha_of(one.spot.module) == self.spec.alpha_of(other.spot.module)
         if not same_scale or not all(np.array_equal(x, y) for x, y in pairs):
             raise AdapterError(
-                f"{self.file}: {one.spot.module!r} and {other.spot.module!r} are one tied weight, {path!r}, with "
-                "different factors; an adapter holds one change of a weight: save them as two adapters"
+                f"{self.file}: {one.spot.module!r} and {other.spot.module!r} are one tied weight, {one.link.path!r}, "
+                "with different factors; an adapter holds one change of a weight: save them as two adapters"
             )
-        return replace(embedding, use=None)
+        return replace(embedding, both=True)
 
-    def _adapted(self, path: str, found: Mapping[Index, _Matrix]) -> tuple[Site, Leaves, Leaves]:
+    def _adapted(self, path: str, found: list[Piece]) -> tuple[Site, Leaves, Leaves]:
         """The site of one weight, its trained leaves, and its constant ones."""
-        first = next(iter(found.values()))
-        kernel, ranks = first.spot.kernel, {one.rank for one in found.values()}
-        rank = max(ranks)
-        if len(ranks) != 1 and self.spec.method != "adalora":
-            raise AdapterError(f"{self.file}: the layers stacked in {path!r} have different ranks, {sorted(ranks)}")
-        stacked: Leaves = {}
-        for index, one in found.items():
-            self._check_shapes(one)
-            leaves = self.keys.from_file(self.spec, one.leaves, one.spot)
-            for name, leaf in (_padded(leaves, rank) if len(ranks) != 1 else leaves).items():
-                whole = stacked.setdefault(name, np.zeros((*kernel.batch_shape, *leaf.shape), leaf.dtype))
-                whole[index] = leaf
-        if {"l", "l_in"} <= stacked.keys():
-            raise AdapterError(f"{self.file}: of the layers stacked in {path!r} some are scaled at the input, some not")
-        site = Site(path, self.spec.method, kernel, rank, _layers(kernel, found, self.file, path), first.use)
-        return site, stacked, self._constant(site, found)
+        scales = [self._scaling(one) * one.link.scale for one in found]
+        whole = Joined(self.file, self.spec, self.kernels[path], found, scales, self.layout.links[path], self.keys)
+        site = Site(
+            path, self.spec.method, whole.kernel, whole.rank, whole.layers, _use(found, self.layout.links[path])
+        )
+        constant = METHODS[site.method].constant(self.spec, site)
+        held = {name: np.asarray(leaf) for name, leaf in constant.items()} | whole.constant()
+        return site, whole.trained, held
 
-    def _constant(self, site: Site, found: Mapping[Index, _Matrix]) -> Leaves:
-        """What the method holds beside what it trains: the scaling by torch's names, which patterns are in."""
-        held = {name: np.asarray(leaf) for name, leaf in METHODS[site.method].constant(self.spec, site).items()}
-        if self.keys.scaling is not None:
-            scaling = np.zeros(site.kernel.batch_shape, np.float32)
-            for index, one in found.items():
-                scaling[index] = self.keys.scaling(self.spec, one.spot.module)
-            held["scaling"] = scaling
-        return held
+    def _scaling(self, one: Piece) -> float:
+        return 1.0 if self.keys.scaling is None else self.keys.scaling(self.spec, one.spot.module)
 
-    def _check_shapes(self, one: _Matrix) -> None:
+    def _check_shapes(self, one: Piece) -> None:
         wanted, names = self.keys.shapes(self.spec, one.spot), self.keys.names(one.spot)
         rank = f"rank {self.spec.rank_of(one.spot.module)} on " if "a" in wanted else ""
         for leaf, tensor in one.leaves.items():
@@ -282,39 +258,57 @@ class _Reading:
 
     def _check_is_base(self, name: str, key: str) -> None:
         """What is not trained may only say what the base is: PEFT stores a targeted embedding's weight, for one."""
-        entry = find(self.entries, name, self.file, key)
-        base = np.asarray(self.flat[entry.path])
-        found = leaf_from_torch(self.tensors[key], self.layout[entry.path])
+        path = find(self.layout, name, self.file, key)[0].path
+        base, found = self.layout.tensor(name, self.flat), self.tensors[key]
         if found.shape != base.shape or not np.array_equal(found.astype(base.dtype), base):
             raise AdapterError(
                 f"{self.file}: key {key!r} is the base's own weight ({CONFIG} has it neither in 'modules_to_save' nor "
-                f"as a bias), and differs from {entry.path!r} in the params: an adapter never changes the base "
+                f"as a bias), and differs from {path!r} in the params: an adapter never changes the base "
                 "unasked. Was it trained on another base (a resized vocabulary)? Load that one"
             )
 
-    def _replaced(self, name: str, key: str) -> tuple[Site, Leaves, Leaves]:
-        entry = find(self.entries, name, self.file, key)
-        place = self.layout[entry.path]
-        if entry.use is not None or entry.index:
+    def _replaced(self, plain: Mapping[str, str]) -> Iterator[tuple[Site, Leaves, Leaves]]:
+        """The leaves that are replaced whole, from the keys of all that they hold."""
+        paths: dict[str, str] = {}
+        for name, key in plain.items():
+            for link in find(self.layout, name, self.file, key):
+                self._check_whole(link, plain, key)
+                paths.setdefault(link.path, key)
+        for path, key in paths.items():
+            wanted = tuple(self.flat[path].shape)
+            value = self._value(path, plain, key, wanted)
+            kernel = Kernel(wanted, (), tuple(range(len(wanted))), kind="replacement")
+            yield Site(path, "replacement", kernel), {"value": value}, {}
+
+    def _check_whole(self, link: Link, plain: Mapping[str, str], key: str) -> None:
+        """Everything that lies in the leaf is there, and it is no other's too."""
+        others = self.layout.links[link.path]
+        tied = any(other.key != link.key and (other.leaf, other.index) == (link.leaf, link.index) for other in others)
+        missing = [other.key for other in others if other.key not in plain]
+        if tied or missing:
             raise AdapterError(
-                f"{self.file}: key {key!r} replaces {'one use' if entry.use else 'one slice'} of {entry.path!r}; give "
-                "params where it is a leaf of its own"
+                f"{self.file}: key {key!r} replaces {'one use' if tied else 'a part'} of {link.path!r}"
+                + ("" if tied else f", without {missing[0]!r}")
+                + "; give params where it is a leaf of its own"
             )
-        value = leaf_from_torch(self.tensors[key], place)
-        wanted = tuple(self.flat[entry.path].shape)
-        if value.shape != wanted:
-            raise AdapterError(
-                f"{self.file}: key {key!r}: expected a tensor for {entry.path!r} of shape {wanted}, found {value.shape}"
-            )
-        kernel = Kernel(wanted, (), tuple(range(len(wanted))), kind="replacement")
-        return Site(entry.path, "replacement", kernel), {"value": value}, {}
+
+    def _value(self, path: str, plain: Mapping[str, str], key: str, wanted: tuple[int, ...]) -> np.ndarray:
+        state = {link.key: self.tensors[plain[link.key]] for link in self.layout.links[path]}
+        for link in self.layout.links[path]:
+            if (found := state[link.key].shape) != link.torch_shape:
+                raise AdapterError(
+                    f"{self.file}: key {plain[link.key]!r}: expected a tensor for {path!r} of shape {link.torch_shape} "
+                    f"(here {wanted}), found {found}"
+                )
+        return self.layout.leaf(path, state)
 
     def _check_biases(self, found: set[str]) -> None:
         """With `bias` set, every bias that PEFT trains is in the file."""
-        adapted = {dotted(path.rpartition("/")[0]) for path in found}
-        for key, entry in self.entries.items():
+        has = {path: any(link.path in found for link in links) for path, links in self.layout.by_key.items()}
+        adapted = {key.rpartition(".")[0] for key, is_found in has.items() if is_found}
+        for key, links in self.layout.by_key.items():
             module, _, leaf = key.rpartition(".")
-            if leaf != "bias" or self.spec.bias == "none" or entry.path in found:
+            if leaf != "bias" or self.spec.bias == "none" or links[0].path in found:
                 continue
             if self.spec.bias == "all" or module in adapted:
                 raise AdapterError(
@@ -331,17 +325,18 @@ def _without_wrapper(name: str, known: Container[str]) -> str:
     return shorter if wrapper and kept not in known and shorter in known else kept
 
 
-def _padded(leaves: Leaves, rank: int) -> Leaves:
-    """Factors of an AdaLoRA, with directions that are zero added to have so many."""
-    wider = lambda leaf, axis: np.pad(leaf, [(0, rank - leaf.shape[i] if i == axis else 0) for i in range(leaf.ndim)])
-    return {"a": wider(leaves["a"], leaves["a"].ndim - 1), "b": wider(leaves["b"], 0), "e": wider(leaves["e"], 0)}
+def _add(pieces: list[Piece], one: Piece, both_uses: Callable[[Piece, Piece], Piece]) -> None:
+    """Adds a piece; one of the region that another has is the same weight's other use."""
+    for i, other in enumerate(pieces):
+        if other.region == one.region:
+            pieces[i] = both_uses(other, one)
+            return
+    pieces.append(one)
 
 
-def _layers(kernel: Kernel, found: Mapping[Index, Any], file: str, path: str) -> tuple[int, ...] | None:
-    """Of a stacked weight, the slices that the file has; None for all."""
-    if not kernel.batch or len(found) == int(np.prod(kernel.batch_shape)):
+def _use(found: list[Piece], links: Sequence[Link]) -> str | None:
+    """Of a tied weight, the use that is adapted; None for all, and for a weight with one use."""
+    uses = {link.kind == "embedding" for link in links if link.kind != "plain"}
+    if len(uses) == 1 or all(one.both for one in found):
         return None
-    firsts = sorted({index[0] for index in found})
-    if len(found) != len(firsts) * int(np.prod(kernel.batch_shape[1:])):
-        raise AdapterError(f"{file}: of the weights stacked in {path!r} only some have factors: {sorted(found)}")
-    return tuple(firsts)
+    return "product" if found[0].spot.as_head else "lookup"

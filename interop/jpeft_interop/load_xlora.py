@@ -10,7 +10,7 @@ layers out; and it writes parts of the base model where the experts belong.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,14 @@ import numpy as np
 
 from jpeft.adapter import Adapter
 from jpeft.errors import AdapterError, SpecError
+from jpeft.site import Site
 from jpeft.tree import flatten
 from jpeft.xlora import Mixture, layers_of
 from jpeft.xlora.classifier import Dense
 from jpeft.xlora.mixture import check_experts
 from jpeft_interop.json_file import read_json_object
-from jpeft_interop.old_layout import Index, Layout, default_layout, tied_heads
+from jpeft_interop.layout import Layout, default_layout
+from jpeft_interop.layout.factors import batch_index
 from jpeft_interop.load_peft import CONFIG, WEIGHTS, load_peft
 from jpeft_interop.safetensors_file import read_safetensors
 from jpeft_interop.xlora_config import XLoraConfig, read_xlora_config
@@ -170,23 +172,19 @@ def _last(
 
 def _places(experts: Mapping[str, Adapter], layout: Layout) -> list[str]:
     """The torch module of each layer that a mixture has scalings for."""
-    return [module for layer in layers_of(experts) for _, module in _modules(layer.path, layout)]
-
-
-def _modules(path: str, layout: Layout) -> Iterator[tuple[Index, str]]:
-    return ((index, key.removesuffix(".weight")) for index, key in layout[path].torch_keys())
+    return [link.key.removesuffix(".weight") for layer in layers_of(experts) for link in layout.links[layer.path]]
 
 
 def _in_order(experts: Mapping[str, Adapter], order: Sequence[str] | None, layout: Layout) -> list[str]:
     """The modules that any expert adapts, as PEFT meets them."""
     sites = [site for expert in experts.values() for site in expert.sites]
-    if tied := [site.path for site in sites if site.path in tied_heads(layout)]:
-        raise AdapterError(f"{tied[0]!r} is tied, two modules in torch: layer-wise scalings can differ between them")
+    for site in sites:
+        _check_alone(site, layout)
     adapted = {
-        module
+        link.key.removesuffix(".weight")
         for site in sites
-        for index, module in _modules(site.path, layout)
-        if site.layers is None or index[0] in site.layers
+        for link in layout.links[site.path]
+        if site.layers is None or batch_index(link, site.kernel)[0] in site.layers
     }
     if order is None:
         raise AdapterError(
@@ -198,3 +196,12 @@ def _in_order(experts: Mapping[str, Adapter], order: Sequence[str] | None, layou
         missing = sorted(adapted - set(found)) or "each of them once"
         raise AdapterError(f"order: expected every module that an expert adapts, each once; missing: {missing}")
     return found
+
+
+def _check_alone(site: Site, layout: Layout) -> None:
+    """Each matrix of a weight is one torch module, and has its own scaling in both."""
+    indices = [batch_index(link, site.kernel) for link in layout.links[site.path]]
+    if len(set(indices)) != len(indices):
+        raise AdapterError(
+            f"{site.path!r} is tied or fused, several modules in torch: layer-wise scalings can differ between them"
+        )

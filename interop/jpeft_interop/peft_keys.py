@@ -13,6 +13,10 @@ from jpeft.errors import AdapterError
 from jpeft.kernel import Kernel
 from jpeft.spec import Spec
 from jpeft_interop import ia3_keys, lora_keys
+from jpeft_interop.ia3_keys import bias_of_head
+from jpeft_interop.layout import Layout, Link
+from jpeft_interop.layout.factors import is_head
+from jpeft_interop.layout.geometry import canonical_kernel
 from jpeft_interop.lora_keys import Leaves, Shapes
 
 PREFIX = "base_model.model."
@@ -37,6 +41,19 @@ class Spot(NamedTuple):
     def is_lookup(self) -> bool:
         """Whether it is an embedding as such."""
         return self.kernel.kind == "embedding" and not self.as_head
+
+
+def spot_of(link: Link, kernel: Kernel, layout: Layout) -> Spot:
+    """The torch matrix that a region of a weight of geometry `kernel` lies in.
+
+    Raises:
+      AdapterError: it is no module's weight.
+    """
+    if not link.key.endswith(".weight"):
+        raise AdapterError(f"{link.path!r} lies in {link.key!r}; PEFT adapts modules, whose weight is called 'weight'")
+    module, as_head = link.key.removesuffix(".weight"), is_head(link, kernel)
+    canonical = canonical_kernel(link, as_head=as_head, groups=kernel.groups)
+    return Spot(module, canonical, as_head, bias_of_head(module, layout.by_key) if as_head else None)
 
 
 class Keys(NamedTuple):

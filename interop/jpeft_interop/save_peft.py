@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
@@ -16,15 +16,15 @@ from jpeft.adapter import Adapter
 from jpeft.atomic import write_folder
 from jpeft.errors import AdapterError
 from jpeft.kernel import Kernel
-from jpeft.methods import METHODS
 from jpeft.site import Site
 from jpeft.targets import ALL_LINEAR, Targets, frozen_mapping, is_kept, names_module, saves_module
 from jpeft.tree import dotted, flatten
-from jpeft_interop.ia3_keys import bias_of_head, is_feedforward
-from jpeft_interop.old_layout import Index, Layout, default_layout, invert, leaf_to_torch, tied_heads
+from jpeft_interop.ia3_keys import is_feedforward
+from jpeft_interop.layout import Layout, default_layout
 from jpeft_interop.load_peft import CONFIG, WEIGHTS
 from jpeft_interop.peft_config import PeftConfig, write_config
-from jpeft_interop.peft_keys import KEYS, PREFIX, Spot, keys_of
+from jpeft_interop.peft_keys import KEYS, PREFIX, keys_of
+from jpeft_interop.split import Matrix, matrices
 
 EMBEDDING_NAMES = ("embed_tokens", "lm_head")  # whose base weight PEFT stores beside its factors
 OTHERS = ("README.md",)  # what PEFT leaves in a folder, and a new save may take away
@@ -56,12 +56,15 @@ def save_peft(
     """
     flat = flatten(params)
     layout = default_layout(flat) if layout is None else layout
-    tensors = dict(_tensors(adapter, flat, layout))
+    layout.check(flat)
+    keys_of(adapter.spec)  # or there is no such method in PEFT
+    found = matrices(adapter, layout)
+    tensors = dict(_tensors(adapter, found, flat, layout))
     for key, tensor in tensors.items():
         if not np.isfinite(tensor.astype(np.float32)).all():
             raise AdapterError(f"{key!r} holds values that are not finite; nothing was written")
-    spec = _exported_spec(adapter, layout)
-    fan_in_fan_out = any(_is_conv1d(layout, site) for site in adapter.sites if site.method == adapter.spec.method)
+    spec = _exported_spec(adapter, found, layout)
+    fan_in_fan_out = any(layout.by_key[f"{one.spot.module}.weight"][0].kind == "conv1d" for one in found)
     config = write_config(PeftConfig(spec, base_model, task_type, fan_in_fan_out))
 
     def fill(new: Path) -> None:
@@ -71,88 +74,60 @@ def save_peft(
     write_folder(folder, fill, replaceable=lambda name: name in OTHERS)
 
 
-def _is_conv1d(layout: Layout, site: Site) -> bool:
-    return layout[site.path].transposed and site.kernel.kind == "product"
-
-
-def _tensors(adapter: Adapter, flat: Mapping[str, Any], layout: Layout) -> Iterator[tuple[str, np.ndarray]]:
-    keys_of(adapter.spec)  # or there is no such method in PEFT
-    adapted = {matrix.spot.module for matrix in _matrices(adapter, layout)}
+def _tensors(
+    adapter: Adapter, found: Sequence[Matrix], flat: Mapping[str, Any], layout: Layout
+) -> Iterator[tuple[str, np.ndarray]]:
     for site in adapter.sites:
         if site.method == "replacement":
-            yield from _whole(adapter, site, flat, layout, adapted)
-        elif site.method == adapter.spec.method:
-            yield from _factors(adapter, site, flat, layout)
-        else:
+            yield from _whole(adapter, site, flat, layout, {matrix.spot.module for matrix in found})
+        elif site.method != adapter.spec.method:
             raise AdapterError(f"{site.path!r}: {site.method!r} has no place in a PEFT file of {adapter.spec.method!r}")
+    for matrix in found:
+        yield from _factors(matrix, flat, layout)
 
 
-class _Matrix(NamedTuple):
-    """One matrix that is adapted, as torch has it."""
-
-    site: Site
-    spot: Spot
-    at: Index
-
-
-def _matrices(adapter: Adapter, layout: Layout) -> Iterator[_Matrix]:
-    for site in adapter.sites:
-        if site.method in KEYS and (site.rank > 0 or KEYS[site.method].has_rank_zero):
-            yield from _matrices_of(site, layout)
-
-
-def _matrices_of(site: Site, layout: Layout) -> Iterator[_Matrix]:
-    tied = tied_heads(layout)
-    if site.path not in layout:
-        raise AdapterError(f"the layout has no place for {site.path!r}; add one: Place(torch_key, kernel)")
-    for index, key in layout[site.path].torch_keys():
-        chosen = site.layers is None or index[0] in site.layers
-        if chosen and site.use != "product":
-            yield _Matrix(site, Spot(_module(site, key), site.kernel), index)
-        # Where a tied weight is adapted in all its uses, torch has a module for each.
-        if chosen and site.use != "lookup" and site.path in tied:
-            head = tied[site.path]
-            yield _Matrix(site, Spot(head, site.kernel, True, bias_of_head(head, layout)), index)
-
-
-def _module(site: Site, key: str) -> str:
-    if not key.endswith(".weight"):
-        raise AdapterError(f"{site.path!r} lies in {key!r}; PEFT adapts modules, whose weight is called 'weight'")
-    return key.removesuffix(".weight")
-
-
-def _factors(adapter: Adapter, site: Site, flat: Mapping[str, Any], layout: Layout) -> Iterator[tuple[str, np.ndarray]]:
-    keys = KEYS[site.method]
-    leaves = METHODS[site.method].matrices(adapter.leaves(site.path), site.kernel)
-    for _, spot, index in _matrices(adapter.replace(meta=replace(adapter.meta, sites=(site,))), layout):
-        if (reason := keys.why_not(spot)) is not None:
-            raise AdapterError(f"{site.path!r} has no place in a PEFT file: {reason}")
-        names, held = keys.names(spot), set(adapter.constant.get(site.path, {}))
-        one = {name: np.asarray(leaf[index]) for name, leaf in leaves.items() if name not in held}
-        for name, tensor in keys.to_file(one, spot).items():
-            if name not in names:
-                raise AdapterError(f"{spot.module!r}: PEFT has no bias on an embedding's factors")
-            yield names[name], np.ascontiguousarray(tensor)
-        if spot.module.rpartition(".")[2] in EMBEDDING_NAMES:
-            base = leaf_to_torch(np.asarray(flat[site.path]), layout[site.path], index)
-            yield f"{PREFIX}{spot.module}.base_layer.weight", np.ascontiguousarray(base)
+def _factors(matrix: Matrix, flat: Mapping[str, Any], layout: Layout) -> Iterator[tuple[str, np.ndarray]]:
+    keys, spot = KEYS[matrix.site.method], matrix.spot
+    names = keys.names(spot)
+    for name, tensor in keys.to_file(matrix.leaves, spot).items():
+        if name not in names:
+            raise AdapterError(f"{spot.module!r}: PEFT has no bias on an embedding's factors")
+        yield names[name], np.ascontiguousarray(tensor)
+    if spot.module.rpartition(".")[2] in EMBEDDING_NAMES:
+        yield f"{PREFIX}{spot.module}.base_layer.weight", layout.tensor(f"{spot.module}.weight", flat)
 
 
 def _whole(
     adapter: Adapter, site: Site, flat: Mapping[str, Any], layout: Layout, adapted: set[str]
 ) -> Iterator[tuple[str, np.ndarray]]:
-    place = layout[site.path]
-    for index, key in place.torch_keys():
+    for key in _own_keys(site, layout):
         module, _, leaf = key.rpartition(".")
-        value = np.ascontiguousarray(leaf_to_torch(np.asarray(adapter.trained[site.path]["value"]), place, index))
+        value = layout.tensor(key, {site.path: adapter.trained[site.path]["value"]})
         yield PREFIX + (f"{module}.base_layer.{leaf}" if module in adapted else key), value
         saved = saves_module(adapter.spec.modules_to_save, module)
         if saved and leaf == "bias" and adapter.spec.bias == "all":  # PEFT's two other names for it
-            base = np.asarray(flat[site.path]).astype(value.dtype)
+            base = layout.tensor(key, flat).astype(value.dtype)
             outer = _saved_module(adapter.spec.modules_to_save, module)
             inner = key.removeprefix(f"{outer}.")
             yield f"{PREFIX}{outer}.modules_to_save.{'default.' if outer != module else ''}{inner}", value
             yield f"{PREFIX}{outer}.original_module.{inner}", base
+
+
+def _own_keys(site: Site, layout: Layout) -> Iterator[str]:
+    """The torch tensors that a leaf replaced whole lies in; a tied one is written once.
+
+    Raises:
+      AdapterError: it has no place, or shares a tensor with other leaves.
+    """
+    if site.path not in layout:
+        raise AdapterError(f"the layout has no place for {site.path!r}, which is trained whole")
+    regions = set()
+    for link in layout.links[site.path]:
+        if others := [other.path for other in layout.by_key[link.key] if other.path != site.path]:
+            raise AdapterError(f"{site.path!r} is trained whole, and in torch {link.key!r} holds {others[0]!r} too")
+        if (region := (link.leaf, link.index)) not in regions:
+            yield link.key
+        regions.add(region)
 
 
 def _saved_module(saved: Sequence[str], module: str) -> str:
@@ -162,9 +137,8 @@ def _saved_module(saved: Sequence[str], module: str) -> str:
     return next(path for path in around if names_module(tuple(saved), path))
 
 
-def _exported_spec(adapter: Adapter, layout: Layout) -> Any:
+def _exported_spec(adapter: Adapter, matrices: list[Matrix], layout: Layout) -> Any:
     """The spec in torch's names: the same where PEFT resolves it the same, else spelt out."""
-    matrices = list(_matrices(adapter, layout))
     if not matrices:
         raise AdapterError("no kernel is adapted (or every one with rank 0): PEFT has no adapter without a factor")
     if adapter.spec.method == "adalora":
@@ -174,9 +148,9 @@ def _exported_spec(adapter: Adapter, layout: Layout) -> Any:
     return _exported_lora(adapter, matrices, layout)
 
 
-def _exported_lora(adapter: Adapter, matrices: list[_Matrix], layout: Layout) -> Any:
-    rank = {matrix.spot.module: matrix.site.rank for matrix in matrices}
-    alpha = {matrix.spot.module: _alpha(adapter, matrix.site, matrix.at) for matrix in matrices}
+def _exported_lora(adapter: Adapter, matrices: list[Matrix], layout: Layout) -> Any:
+    rank = {matrix.spot.module: matrix.rank for matrix in matrices}
+    alpha = {matrix.spot.module: _alpha(adapter.spec, matrix) for matrix in matrices}
     spec: Any = _with_targets(adapter.spec, set(rank), layout)
     if spec.rank == 0:
         spec = replace(spec, rank=max(rank.values()), alpha=spec.alpha_of(""))
@@ -188,10 +162,10 @@ def _exported_lora(adapter: Adapter, matrices: list[_Matrix], layout: Layout) ->
     return replace(spec, rank_pattern={name: r for name, r in frozen_mapping(spec.rank_pattern) if r > 0})
 
 
-def _exported_adalora(adapter: Adapter, matrices: list[_Matrix], layout: Layout) -> Any:
+def _exported_adalora(adapter: Adapter, matrices: list[Matrix], layout: Layout) -> Any:
     """One scaling and one rank at the start for all, and what is left of it where something was pruned."""
     spec: Any = adapter.spec
-    rank = {matrix.spot.module: matrix.site.rank for matrix in matrices}
+    rank = {matrix.spot.module: matrix.rank for matrix in matrices}
     if spec.total_steps is None:
         raise AdapterError("PEFT has no AdaLoRA without a number of steps: replace(spec, total_steps=...) in its meta")
     if (alpha := spec.rank if spec.alpha is None else spec.alpha) <= 0:
@@ -199,7 +173,7 @@ def _exported_adalora(adapter: Adapter, matrices: list[_Matrix], layout: Layout)
     if (most := max(rank.values())) > spec.rank:
         raise AdapterError(f"there is a rank of {most}, and the spec's rank at the start is {spec.rank}")
     for matrix in matrices:
-        found = float(np.asarray(adapter.constant[matrix.site.path]["scaling"])[matrix.at])
+        found = matrix.scaling
         if abs(found - spec.scaling) > 1e-6 * spec.scaling:
             raise AdapterError(
                 f"{matrix.spot.module!r} is scaled by {found:g}; in PEFT an AdaLoRA has one scaling, which is "
@@ -210,16 +184,12 @@ def _exported_adalora(adapter: Adapter, matrices: list[_Matrix], layout: Layout)
     return replace(_with_targets(spec, set(rank), layout), ranks=ranks)
 
 
-def _exported_ia3(adapter: Adapter, matrices: list[_Matrix], layout: Layout) -> Any:
+def _exported_ia3(adapter: Adapter, matrices: list[Matrix], layout: Layout) -> Any:
     """The first way of saying the targets, and which of them are scaled at the input, that PEFT takes so."""
     if adapter.spec.bias != "none":
         raise AdapterError(f"bias={adapter.spec.bias!r}: PEFT's IA³ trains no biases; name them in modules_to_save")
     modules = {matrix.spot.module for matrix in matrices}
-    on_input = {
-        matrix.spot.module
-        for matrix in matrices
-        if ("l_in" in adapter.trained[matrix.site.path]) != matrix.spot.as_head
-    }
+    on_input = {matrix.spot.module for matrix in matrices if ("l_in" in matrix.leaves) != matrix.spot.as_head}
     spec: Any = _with_targets(adapter.spec, modules, layout)
     whole = replace(spec, targets=tuple(sorted(modules)), exclude=())
     plain = _dotted(spec.feedforward)
@@ -236,11 +206,9 @@ def _escaped(module: str) -> str:
     return module.replace(".", r"\.")
 
 
-def _alpha(adapter: Adapter, site: Site, index: Index) -> float:
+def _alpha(spec: Any, matrix: Matrix) -> float:
     """Alpha as the scaling has it: the scaling is what acts."""
-    scaling = float(np.asarray(adapter.constant[site.path]["scaling"])[index])
-    stabilized: Any = adapter.spec
-    return scaling * (site.rank**0.5 if stabilized.rank_stabilized else site.rank)
+    return matrix.scaling * (matrix.rank**0.5 if spec.rank_stabilized else matrix.rank)
 
 
 def _differs(spec: Any, name: str, rank: int, alpha: float) -> bool:
@@ -255,11 +223,7 @@ def _dotted(names: str | tuple[str, ...]) -> Any:
 
 def _with_targets(spec: Any, modules: set[str], layout: Layout) -> Any:
     """The first way of saying the targets that PEFT resolves to just these modules."""
-    known = {
-        key.removesuffix(".weight"): layout[entry.path].kernel
-        for key, entry in invert(layout).items()
-        if key.endswith(".weight")
-    }
+    known = layout.modules
     spec = replace(spec, targets=_dotted(spec.targets), exclude=_dotted(spec.exclude))
     explicit = replace(spec, exclude=(), layers_to_transform=None, layers_pattern=())
     ends = tuple(sorted({name.rpartition(".")[2] for name in modules}))
@@ -278,11 +242,9 @@ def _is_known_to_peft(spec: Any) -> bool:
     return spec.method != "ia3" and not isinstance(spec.targets, str)
 
 
-def _resolved(where: Targets, known: Mapping[str, Kernel | None]) -> set[str]:
+def _resolved(where: Targets, known: Mapping[str, Kernel]) -> set[str]:
     return {
         name
         for name, kernel in known.items()
-        if kernel is not None
-        and names_module(where.targets, name)
-        and is_kept(where, f"{name}.w".replace(".", "/"), kernel)
+        if names_module(where.targets, name) and is_kept(where, f"{name}.w".replace(".", "/"), kernel)
     }

@@ -75,10 +75,11 @@ def constant(spec: IA3, site: Site) -> Leaves:
 
 
 def matrices(leaves: Leaves, kernel: Kernel) -> Leaves:
-    """l (*batch, out), l_in (*batch, in); ones where a slice is not adapted."""
+    """l (*batch, out), l_in (*batch, in); ones where a slice, or by a `mask` of l's shape a part, is left out."""
     batch, found = kernel.batch_shape, {}
     if "l" in leaves:
-        found["l"] = leaves["l"].reshape(*batch, kernel.fan_out)
+        held = jnp.where(leaves["mask"] > 0, leaves["l"], 1) if "mask" in leaves else leaves["l"]
+        found["l"] = held.reshape(*batch, kernel.fan_out)
     if "l_in" in leaves:
         channels = leaves["l_in"].reshape(*batch, 1, -1)
         window = kernel.fan_in // channels.shape[-1]

@@ -136,10 +136,24 @@ def constant(spec: LoRA, site: Site) -> Leaves:
 
 
 def matrices(leaves: Leaves, kernel: Kernel) -> Leaves:
-    """A (*batch, in, r), B (*batch, r, out), bias (*batch, out)."""
+    """A (*batch, in, r), B (*batch, r, out), bias (*batch, out).
+
+    B is held to its `mask`, where there is one (`mask_shapes`): a gradient outside it is zero, so it stays.
+    """
     batch, rank = kernel.batch_shape, leaves["a"].shape[-1]
     shapes = {"a": (*batch, kernel.fan_in, rank), "b": (*batch, rank, kernel.fan_out), "bias": (*batch, kernel.fan_out)}
-    return {name: leaf.reshape(shapes[name]) if name in shapes else leaf for name, leaf in leaves.items()}
+    held = leaves | ({"b": leaves["b"] * leaves["mask"].astype(leaves["b"].dtype)} if "mask" in leaves else {})
+    return {n: leaf.reshape(shapes[n]) if n in shapes else leaf for n, leaf in held.items() if n != "mask"}
+
+
+def mask_shapes(kernel: Kernel, rank: int) -> list[tuple[int, ...]]:
+    """The shapes that a constant leaf `mask` may have: (*batch, r, *output), or one value for all outputs.
+
+    It makes several low-rank changes one: direction i acts on output j with mask[i, j] times its scaling. So the layers
+    of a stack may differ in rank, and each part of a fused weight (q, k and v) may have an adapter of its own.
+    """
+    output = kernel.sizes(kernel.output)
+    return [(*kernel.batch_shape, rank, *sizes) for sizes in (output, (1,) * len(output))]
 
 
 def delta(leaves: Leaves) -> Array:

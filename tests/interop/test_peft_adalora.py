@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 import jpeft
 from jpeft_interop import load_peft, params_from_torch, save_peft
-from jpeft_interop.old_layout import Place
+from jpeft_interop.layout import Layout, Place
 from peft_round_trip import WEIGHTS, assert_both_ways, assert_logits, equal_files, largest_difference, logits_of
 from peft_twins import FAMILIES, adapted_by, base, bert, gpt2, llama, load, save
 
@@ -197,7 +197,8 @@ def test_layers_of_different_ranks_are_stacked(tmp_path, key):
     adapter = jpeft.prune(pruned(key, flat))
     assert len({site.rank for site in adapter.sites}) > 1
     save_peft(tmp_path / "a", adapter, params=flat)
-    stacked, layout = {"layers": {"q": {"kernel": values}}}, {"layers/q/kernel": Place("layers.{}.q.weight", stack)}
+    stacked = {"layers": {"q": {"kernel": values}}}
+    layout = Layout.of(stacked, {"layers/q/kernel": Place.of("l i o", {"layers.{l}.q.weight": "o i"})})
     again = load_peft(tmp_path / "a", stacked, layout=layout)
     expected, found = jpeft.merge(flat, adapter), jpeft.merge(stacked, again)["layers"]["q"]["kernel"]
     for i in range(3):

@@ -8,6 +8,7 @@ from safetensors.numpy import load_file, save_file
 
 import jpeft
 from jpeft_interop import load_peft, params_from_torch, save_peft
+from jpeft_interop.layout import Layout, Place
 from peft_round_trip import WEIGHTS, assert_both_ways, assert_logits, equal_files, largest_difference, logits_of
 from peft_twins import FAMILIES, adapted, base, gpt2, llama, load, random_config, save
 
@@ -103,12 +104,10 @@ def test_a_bias_of_b_is_refused_here_and_there(tmp_path):
 
 
 def test_stacked_layers_are_unstacked(tmp_path, key):
-    from jpeft_interop.old_layout import Place
-
     stack = jpeft.Kernel((3, 6, 5), (1,), (2,), (0,))
     params = {"layers": {"q": {"kernel": np.random.default_rng(0).standard_normal(stack.shape, np.float32)}}}
     kernels = jpeft.Kernels((("layers/q/kernel", stack),))
-    layout = {"layers/q/kernel": Place("model.layers.{}.q.weight", stack)}
+    layout = Layout.of(params, {"layers/q/kernel": Place.of("l i o", {"model.layers.{l}.q.weight": "o i"})})
     spec = jpeft.DoRA(rank=2, targets=["q"], layers_to_transform=[0, 2])
     adapter = jpeft.init(key, spec, params, kernels=kernels)
     adapter = adapter.replace(

@@ -14,7 +14,7 @@ from transformers import BertConfig, BertForMaskedLM
 
 import jpeft
 from jpeft_interop import load_peft, params_from_torch, save_peft
-from jpeft_interop.old_layout import Place
+from jpeft_interop.layout import Layout, Place
 from peft_round_trip import WEIGHTS, assert_both_ways, assert_logits, equal_files, largest_difference, logits_of
 from peft_twins import FAMILIES, SIZES, adapted_by, base, bert, gpt2, llama, load, qwen2, save
 
@@ -160,7 +160,8 @@ def test_stacked_layers_are_unstacked(tmp_path, key):
     values = np.random.default_rng(0).standard_normal(stack.shape, np.float32)
     params = {"layers": {"q": {"kernel": values}, "o": {"kernel": values}}}
     kernels = jpeft.Kernels((("layers/q/kernel", stack), ("layers/o/kernel", stack)))
-    layout = {f"layers/{n}/kernel": Place(f"model.layers.{{}}.{n}.weight", stack) for n in "qo"}
+    places = {f"layers/{n}/kernel": Place.of("l i o", {f"model.layers.{{l}}.{n}.weight": "o i"}) for n in "qo"}
+    layout = Layout.of(params, places)
     spec = jpeft.IA3(targets=["q", "o"], feedforward=["o"], layers_to_transform=[0, 2])
     adapter = noisy(jpeft.init(key, spec, params, kernels=kernels))
     save_peft(tmp_path / "a", adapter, params=params, layout=layout)

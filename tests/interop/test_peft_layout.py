@@ -7,7 +7,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import jpeft
-from jpeft_interop import Place, load_peft, params_from_torch, save_peft
+from jpeft_interop import Layout, Place, load_peft, params_from_torch, save_peft
 from peft_twins import adapted, base, llama, save
 
 HEADS, HEAD, LAYERS = 4, 8, 2
@@ -29,13 +29,15 @@ def stacked_attention():
 
 @pytest.fixture
 def layout():
-    forward, params = stacked_attention()
-    kernels = jpeft.kernels(forward, params, jnp.ones((3, 32)))
-    name = "model.layers.{}.self_attn."
-    return {
-        "q/w": Place(name + "q_proj.weight", kernels["q/w"]),
-        "o/w": Place(name + "o_proj.weight", kernels["o/w"]),
-    }
+    _, params = stacked_attention()
+    name = "model.layers.{l}.self_attn."
+    return Layout.of(
+        params,
+        {
+            "q/w": Place.of("l d n h", {name + "q_proj.weight": "(n h) d"}),
+            "o/w": Place.of("n l h d", {name + "o_proj.weight": "d (n h)"}),
+        },
+    )
 
 
 def test_stacked_einsum_kernels_load_what_peft_wrote(tmp_path, layout):

@@ -5,7 +5,7 @@
     (vocabulary + 64) d         64 rows more than are meant
     1 d                         an axis of length one
 
-A name may stand on both sides of a layout; its size is the same on both. As in einops, with `+` for what lies end to end.
+A name may stand on both sides of a layout, and has one size. As in einops, with `+` for what lies end to end.
 """
 
 from __future__ import annotations

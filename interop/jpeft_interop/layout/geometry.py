@@ -52,14 +52,16 @@ def _role(link: Link, name: str) -> str:
     return "output" if name in output else "contracted"
 
 
-def canonical_kernel(link: Link) -> Kernel:
+def canonical_kernel(link: Link, *, as_head: bool = False, groups: int = 1) -> Kernel:
     """The kernel of the torch tensor on its own, its axes as `params_from_torch` has them.
 
     An embedding that a head shares is an embedding for both.
     """
     shape = link.torch_shape
+    if as_head:
+        return Kernel(shape, (0,), (1,), kind="embedding")
     if link.kind == "conv":
         whole = (*shape[2:], shape[1], shape[0])
-        return Kernel(whole, tuple(range(len(whole) - 1)), (len(whole) - 1,), kind="conv")
+        return Kernel(whole, tuple(range(len(whole) - 1)), (len(whole) - 1,), kind="conv", groups=groups)
     matrix = shape[::-1] if link.kind == "linear" else shape
     return Kernel(matrix, (0,), (1,), kind="embedding" if link.kind == "embedding" else "product")

@@ -21,10 +21,10 @@ from typing import Any
 import numpy as np
 
 from jpeft.errors import AdapterError, WeightsError
-from jpeft.kernel import Kernels
+from jpeft.kernel import Kernel, Kernels
 from jpeft.tree import flatten, nearest, replace
 from jpeft_interop.arrays import host, own
-from jpeft_interop.layout.geometry import kernel_of
+from jpeft_interop.layout.geometry import canonical_kernel, kernel_of
 from jpeft_interop.layout.link import Link, assign, scaled, whole
 from jpeft_interop.layout.place import Place
 from jpeft_interop.torch_table import nest
@@ -120,6 +120,14 @@ class Layout(Mapping[str, Place]):
         return flat
 
     @property
+    def modules(self) -> dict[str, Kernel]:
+        """The torch modules that have a weight of a product, and its kernel, apart from where it lies here."""
+        weights = {key: links[0] for key, links in self.by_key.items() if key.endswith(".weight")}
+        return {
+            key.removesuffix(".weight"): canonical_kernel(link) for key, link in weights.items() if link.kind != "plain"
+        }
+
+    @cached_property
     def kernels(self) -> Kernels:
         """The geometry of the weights, as `jpeft.init` takes it: torch's own, carried to the leaves' axes."""
         made = {path: kernel_of(self.places[path], self.links[path]) for path in self}
@@ -166,7 +174,7 @@ class Layout(Mapping[str, Place]):
           WeightsError: a tensor is missing, unexpected, of another shape, or differs from one that it is tied to.
         """
         self._check_state(state)
-        leaves = {path: own(self._leaf(path, state)) for path in self}
+        leaves = {path: own(self.leaf(path, state)) for path in self}
         return nest(leaves) if like is None else replace(like, leaves)
 
     def _check_state(self, state: Mapping[str, Any]) -> None:
@@ -182,7 +190,8 @@ class Layout(Mapping[str, Place]):
             elif tuple(state[key].shape) != links[0].torch_shape:
                 raise WeightsError(f"{key!r}: expected shape {links[0].torch_shape}, found {tuple(state[key].shape)}")
 
-    def _leaf(self, path: str, state: Mapping[str, Any]) -> np.ndarray:
+    def leaf(self, path: str, state: Mapping[str, Any]) -> np.ndarray:
+        """One leaf, of a state dict that has what it needs."""
         made: np.ndarray | None = None
         for link in self.links[path]:
             if link.key not in state:

@@ -1,8 +1,8 @@
 """One region of a leaf and the region of a torch tensor that holds the same numbers.
 
 Each side is seen as an array with one axis for each name: take the range of every axis, split it into its names, pick
-the index of the names that are numbered in torch's key, and order the rest alike. Those are views, so that a conversion is
-one assignment, in either direction, and each direction the other's inverse.
+the index of the names that are numbered in torch's key, and order the rest alike. Those are views, so that a
+conversion is one assignment, in either direction, and each direction the other's inverse.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def named(array: np.ndarray, axes: Side, sizes: Sizes, index: Mapping[str, int])
     part = array[tuple(slice(axis.start, axis.start + axis.length(sizes)) for axis in axes)]
     names = [name for axis in axes for name in axis.names]
     split = part.reshape([sizes[name] for name in names], copy=False)
-    picked = split[tuple(index.get(name, slice(None)) for name in names)]
+    picked = split[(*(index.get(name, slice(None)) for name in names), ...)]  # a view, of one value too
     return picked, [name for name in names if name not in index]
 
 

@@ -62,9 +62,10 @@ class Place:
           scale: the leaf holds `scale` times what torch has.
           **sizes: of the names that the leaf's shape leaves open.
         """
-        said = {key: (found, kind_of(key, found)) if isinstance(found, str) else found for key, found in torch.items()}
-        tensors = tuple(Tensor(key, written, kind) for key, (written, kind) in said.items())
-        return cls(axes, tensors, tuple(sorted(sizes.items())), scale)
+        tensors = (
+            Tensor(key, s, kind_of(key, s)) if isinstance(s, str) else Tensor(key, *s) for key, s in torch.items()
+        )
+        return cls(axes, tuple(tensors), tuple(sorted(sizes.items())), scale)
 
     @property
     def notation(self) -> Notation:
@@ -119,7 +120,7 @@ def numbered_key(key: str, index: Mapping[str, int]) -> str:
 
 
 def kind_of(key: str, axes: str) -> Kind:
-    """What a torch tensor is taken for where nothing says: `weight`s of two axes are linear, of more are convolutions."""
+    """What a torch tensor is taken for where nothing says: a `weight` of two axes is linear, of more a convolution."""
     count = len(parse(axes))
     if key.rpartition(".")[2] != "weight" or count < 2:
         return "plain"

@@ -1,0 +1,233 @@
+"""The factors of the torch matrices that one weight holds, joined into one adapter of the weight.
+
+A stacked weight holds a matrix for each layer; a fused one (q, k and v; gate and up) several side by side. Beside one
+another the matrices are parts of the weight's outputs, so their changes together are
+
+    ΔW = Σ_p s_p A_p B_p P_p,        P_p placing the outputs of part p
+
+which is s [A_1 A_2 …] times the B_p as blocks: one LoRA, whose B is held to the blocks by a constant mask of s_p / s.
+Parts with the same A share its directions, as the parts of one LoRA on the fused weight do; then there is no mask.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from jpeft.errors import AdapterError
+from jpeft.kernel import Kernel
+from jpeft_interop.layout import Link
+from jpeft_interop.layout.factors import at_batch, batch_index, matrix_of, put_matrix
+from jpeft_interop.layout.link import Side
+from jpeft_interop.lora_keys import Leaves
+from jpeft_interop.peft_keys import Keys, Spot
+
+Index = tuple[int, ...]
+BLOCKS = ("lora", "dora")  # methods whose adapters of the parts of a weight are one of the weight
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What a file has of one matrix.
+
+    Attributes:
+      spot: the torch module.
+      leaves: as the file has them.
+      link: the part of the weight that it is.
+      both: the weight is tied, and the file has the same change for either use.
+    """
+
+    spot: Spot
+    leaves: Leaves
+    link: Link
+    both: bool = False
+
+    @property
+    def rank(self) -> int:
+        """r; 0 where the method has none."""
+        return self.leaves["a"].shape[0] if "a" in self.leaves else 0
+
+    @property
+    def region(self) -> tuple[Side, tuple[tuple[str, int], ...]]:
+        """The part of the weight."""
+        return self.link.leaf, self.link.index
+
+
+@dataclass(frozen=True)
+class Joined:
+    """One weight's pieces, each with its scaling `scales[i]`, against all that the weight holds, `links`."""
+
+    file: str
+    spec: Any
+    kernel: Kernel
+    pieces: Sequence[Piece]
+    scales: Sequence[float]
+    links: Sequence[Link]
+    keys: Keys
+
+    @cached_property
+    def starts(self) -> list[int]:
+        """Where each piece's directions start: a matrix's parts one after another, equal ones together."""
+        starts: list[int] = []
+        for i, piece in enumerate(self.pieces):
+            before = [j for j in range(i) if self._index(j) == self._index(i)]
+            same = next((j for j in before if _same_directions(self.pieces[j].leaves, piece.leaves)), None)
+            after = max((starts[j] + self.pieces[j].rank for j in before), default=0)
+            starts.append(after if same is None else starts[same])
+        return starts
+
+    @cached_property
+    def rank(self) -> int:
+        """Of the whole."""
+        return max(start + piece.rank for start, piece in zip(self.starts, self.pieces, strict=True))
+
+    def _index(self, i: int) -> Index:
+        return batch_index(self.pieces[i].link, self.kernel)
+
+    @cached_property
+    def by_index(self) -> Mapping[Index, list[int]]:
+        """The pieces of each matrix."""
+        found: dict[Index, list[int]] = defaultdict(list)
+        for i in range(len(self.pieces)):
+            found[self._index(i)].append(i)
+        return found
+
+    @property
+    def layers(self) -> tuple[int, ...] | None:
+        """Of a stacked weight, the slices that the file has; None for all."""
+        batch = self.kernel.batch_shape
+        if not batch or len(self.by_index) == int(np.prod(batch)):
+            return None
+        firsts = sorted({index[0] for index in self.by_index})
+        if len(self.by_index) != len(firsts) * int(np.prod(batch[1:])):
+            raise AdapterError(
+                f"{self.file}: of the weights stacked in {self.pieces[0].link.path!r} only some have factors: "
+                f"{sorted(self.by_index)}"
+            )
+        return tuple(firsts)
+
+    @cached_property
+    def trained(self) -> Leaves:
+        """The leaves of the whole weight.
+
+        Raises:
+          AdapterError: the method's adapters of the parts are not one of the weight.
+        """
+        self._check_parts()
+        made: Leaves = {}
+        for piece, start in zip(self.pieces, self.starts, strict=True):
+            for name, leaf in self.keys.from_file(self.spec, piece.leaves, piece.spot).items():
+                leaf = leaf * np.asarray(piece.link.scale, leaf.dtype) if name == "m" else leaf
+                if name not in made:
+                    made[name] = np.full(self._shape(name, leaf), 1 if name in ("l", "l_in") else 0, leaf.dtype)
+                put_matrix(made[name], name, leaf, piece.link, self.kernel, start)
+        self._check_inputs(made)
+        return made
+
+    def _shape(self, name: str, leaf: np.ndarray) -> tuple[int, ...]:
+        kernel = self.kernel
+        channels = leaf.shape if kernel.kind == "conv" else kernel.sizes(kernel.contracted)
+        own = {
+            "a": (*kernel.sizes(kernel.contracted), self.rank),
+            "b": (self.rank, *kernel.sizes(kernel.output)),
+            "e": (self.rank,),
+            "l_in": channels,
+        }
+        return (*kernel.batch_shape, *own.get(name, kernel.sizes(kernel.output)))
+
+    def constant(self) -> Leaves:
+        """The scaling of each matrix, and the mask where there is need of one."""
+        mask = {} if (found := self._mask()) is None else {"mask": found}
+        if self.keys.scaling is None:
+            return mask
+        scaling = np.zeros(self.kernel.batch_shape, np.float32)
+        for found in self.by_index.values():
+            at_batch(scaling, self.pieces[found[0]].link, self.kernel)[...] = self._scale(found)
+        return mask | {"scaling": scaling}
+
+    def _scale(self, found: list[int]) -> float:
+        return max((self.scales[i] for i in found), key=abs)
+
+    def _mask(self) -> np.ndarray | None:
+        kernel, output = self.kernel, self.kernel.sizes(self.kernel.output)
+        if self.spec.method == "ia3":
+            mask = np.zeros((*kernel.batch_shape, *output), np.float32)
+            for piece in self.pieces:
+                put_matrix(mask, "l", self._ones(piece, "l"), piece.link, kernel)
+            return None if self._are_whole else mask
+        if self.spec.method not in BLOCKS:
+            return None
+        mask = np.zeros((*kernel.batch_shape, self.rank, *output), np.float32)
+        for found in self.by_index.values():
+            for i in found:
+                part = self._ones(self.pieces[i], "b") * np.float32(self.scales[i] / (self._scale(found) or 1.0))
+                put_matrix(mask, "b", part, self.pieces[i].link, kernel, self.starts[i])
+        for index in set(np.ndindex(kernel.batch_shape)) - set(self.by_index):
+            mask[index] = 1  # not adapted: the scaling is zero there
+        if (mask == 1).all() or mask.size == 0:
+            return None
+        first = mask.reshape(*mask.shape[: len(kernel.batch) + 1], -1)[..., :1]
+        alike = (mask.reshape(*first.shape[:-1], -1) == first).all()
+        return first.reshape(*first.shape[:-1], *[1] * len(output)) if alike else mask
+
+    def _ones(self, piece: Piece, name: str) -> np.ndarray:
+        spot = piece.spot.kernel
+        output = spot.sizes(spot.output)
+        return np.ones((piece.rank, *output) if name == "b" else output, np.float32)
+
+    @property
+    def _are_whole(self) -> bool:
+        """Whether every matrix that has any part has all."""
+        regions = defaultdict(set)
+        for link in self.links:
+            if link.kind != "plain":
+                regions[batch_index(link, self.kernel)].add((link.leaf, link.index))
+        return all(len(found) == len(regions[index]) for index, found in self.by_index.items())
+
+    def _check_parts(self) -> None:
+        """Adapters of parts are one of the whole only where the method says so."""
+        method, ranks = self.spec.method, {piece.rank for piece in self.pieces}
+        if any(axis.length(p.link.sizes) != axis.size for p in self.pieces for axis in self._contracted(p.link)):
+            self._refuse("they share its inputs, which no low-rank change of the whole can keep apart")
+        if method == "dora" and not self._are_whole:
+            self._refuse("some have no factors: DoRA's magnitudes of those would be trained, too")
+        if method == "adalora" and (not self._are_whole or self.rank != max(ranks)):
+            self._refuse("AdaLoRA's penalty and budget are of each matrix on its own")
+        if getattr(self.spec, "factor_bias", False) and self._mask() is not None:
+            self._refuse("each has a bias of B (lora_bias), and they differ in rank or scaling")
+
+    def _check_inputs(self, made: Leaves) -> None:
+        """IA³ scales a weight's inputs once, whichever of its parts they go to."""
+        if {"l", "l_in"} <= made.keys():
+            self._refuse("some are scaled at the input, some not")
+        if "l_in" not in made:
+            return
+        for piece in self.pieces:
+            mine = self.keys.from_file(self.spec, piece.leaves, piece.spot)["l_in"]
+            if not self._are_whole or not np.array_equal(
+                matrix_of(made["l_in"], "l_in", piece.link, self.kernel), mine
+            ):
+                self._refuse("they share its inputs, which are scaled differently")
+
+    def _contracted(self, link: Link) -> Side:
+        """The inputs that it takes part in; of an embedding they are rows, which may be more than torch has."""
+        return () if self.kernel.kind == "embedding" else tuple(link.leaf[axis] for axis in self.kernel.contracted)
+
+    def _refuse(self, why: str) -> None:
+        modules = ", ".join(repr(piece.spot.module) for piece in self.pieces[:3])
+        path = self.pieces[0].link.path
+        raise AdapterError(f"{self.file}: {modules} lie in one weight, {path!r}, and can't be adapted as one: {why}")
+
+
+def _same_directions(one: Leaves, other: Leaves) -> bool:
+    """Whether two parts of a matrix share A (and E)."""
+    return all(
+        name in one and name in other and np.array_equal(one[name], other[name])
+        for name in ("a", "e")
+        if name in one or name in other
+    )
