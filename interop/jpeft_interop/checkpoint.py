@@ -44,20 +44,12 @@ def model_table(abstract: Mapping[str, Any], family: Family) -> dict[str, TorchK
       abstract: anything with a shape by path.
       family: the model's family.
     """
-    ties = _ties(abstract, family)
+    ties = family.ties(abstract)
     entries = []
     for path, leaf in abstract.items():
         kind = _kind(path, len(leaf.shape), family)
-        also = (_torch_name(ties[path]),) if path in ties else ()
-        entries.append(TorchKey(_torch_name(path), kind, also))
+        entries.append(TorchKey(_torch_name(path), kind, tuple(map(_torch_name, ties.get(path, ())))))
     return make_table(entries)
-
-
-def _ties(abstract: Mapping[str, Any], family: Family) -> dict[str, str]:
-    """The tied pairs of this model: it has the head of the second, and no leaf for it. A model has one head."""
-    heads = {path.partition("/")[0] for path in abstract} & set(family.heads)
-    pairs = {first: second for first, second in family.tied if first in abstract and second not in abstract}
-    return {first: second for first, second in pairs.items() if heads <= {second.partition("/")[0]}}
 
 
 def _kind(path: str, ndim: int, family: Family) -> Kind:
@@ -86,7 +78,7 @@ def match(weights: Weights, table: Table, shapes: Mapping[str, Any], family: Fam
       WeightsError: a key missing (unless all those are in the head), unexpected, of another shape, or untied.
     """
     rename = _prefix_rule(weights, table, family)
-    keys = _current_names(weights)
+    keys = _current_names(weights, family)
     sources: dict[str, str] = {}
     ignored: dict[str, str] = {}
     for path, entry in table.items():
@@ -118,11 +110,11 @@ def _prefix_rule(weights: Weights, table: Table, family: Family) -> Callable[[st
     return lambda name: name
 
 
-def _current_names(weights: Weights) -> dict[str, str]:
-    """The checkpoint's keys by the names that they would have today."""
+def _current_names(weights: Weights, family: Family) -> dict[str, str]:
+    """The checkpoint's keys by the names that the module has for them today."""
     keys: dict[str, str] = {}
     for key in weights:
-        name = key
+        name = family.module_name(key)
         for old, new in OLD_NAMES:
             name = name.removesuffix(old) + new if name.endswith(old) else name
         if name in keys:

@@ -20,7 +20,7 @@ from jpeft_interop.arrays import host, is_finite
 from jpeft_interop.checkpoint import model_table
 from jpeft_interop.fit import require_same_paths, require_same_shapes
 from jpeft_interop.load_model import CONFIG
-from jpeft_interop.models import build, family, pure
+from jpeft_interop.models import Family, build, family, pure
 from jpeft_interop.torch_table import Table, TorchKey, to_torch, to_torch_shape
 from jpeft_interop.weights import LazyArray, is_weights_file, write_weights
 
@@ -59,12 +59,13 @@ def save_model(
     require_same_paths(flat, shapes, where)
     require_same_shapes(flat, shapes, where)
     config = _with_dtype(config, flat)
-    table = model_table(shapes, family(config.get("model_type")))
+    known = family(config.get("model_type"))
+    table = model_table(shapes, known)
     text = _json(config)
 
     def fill(fresh: Path) -> None:
         (fresh / CONFIG).write_text(text, encoding="utf-8")
-        write_weights(fresh, _tensors(flat, table), max_shard_bytes)
+        write_weights(fresh, _tensors(flat, table, known), max_shard_bytes)
         for file in _other_files(files_from):
             shutil.copyfile(file, fresh / file.name)
 
@@ -88,11 +89,12 @@ def _json(config: Mapping[str, Any]) -> str:
         raise WeightsError(f"the config can't be written as JSON: {reason}") from None
 
 
-def _tensors(flat: Mapping[str, Any], table: Table) -> Iterator[tuple[str, LazyArray]]:
+def _tensors(flat: Mapping[str, Any], table: Table, known: Family) -> Iterator[tuple[str, LazyArray]]:
     for path, entry in table.items():
         leaf = flat[path]
         shape = to_torch_shape(tuple(leaf.shape), entry)
-        yield entry.key, LazyArray(shape, np.dtype(leaf.dtype), lambda leaf=leaf, entry=entry: _tensor(leaf, entry))
+        name, dtype = known.file_name(entry.key), np.dtype(leaf.dtype)
+        yield name, LazyArray(shape, dtype, lambda leaf=leaf, entry=entry: _tensor(leaf, entry))
 
 
 def _tensor(leaf: Any, entry: TorchKey) -> np.ndarray:

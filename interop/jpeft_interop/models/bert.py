@@ -93,8 +93,13 @@ class Embeddings(nnx.Module):
         if x.shape[1] > self.longest:
             raise ModelError(f"{x.shape[1]} tokens; this model has {self.longest} positions (max_position_embeddings)")
         types = jnp.zeros(x.shape[:2], jnp.int32) if types is None else types
-        positions = jnp.arange(x.shape[1])[None] if positions is None else positions
+        positions = self.positions(input_ids, x.shape[1]) if positions is None else positions
         return self.LayerNorm(x + self.token_type_embeddings(types) + self.position_embeddings(positions))
+
+    def positions(self, input_ids: Array | None, time: int) -> Array:
+        """The rows of the position table, `(batch or 1, time)`, where the caller gives none."""
+        del input_ids
+        return jnp.arange(time)[None]
 
 
 class SelfAttention(nnx.Module):
@@ -203,9 +208,11 @@ class Pooler(nnx.Module):
 class BertModel(nnx.Module):
     """The encoder with its pooler."""
 
-    def __init__(self, config: BertConfig, dtype: DTypeLike, rngs: nnx.Rngs, pooler: bool = True) -> None:
+    def __init__(
+        self, config: BertConfig, dtype: DTypeLike, rngs: nnx.Rngs, pooler: bool = True, embeddings: type = Embeddings
+    ) -> None:
         """Random weights of `dtype`, from the config's sizes."""
-        self.embeddings = Embeddings(config, dtype, rngs)
+        self.embeddings = embeddings(config, dtype, rngs)
         self.encoder = Encoder(config, dtype, rngs)
         self.pooler = Pooler(config, dtype, rngs) if pooler else None
 

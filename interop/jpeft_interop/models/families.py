@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,10 +10,22 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from jpeft_interop.models.bert import BertForMaskedLM, BertForSequenceClassification, BertModel, read_bert
+from jpeft_interop.models.distilbert import (
+    DistilBertForMaskedLM,
+    DistilBertForSequenceClassification,
+    DistilBertModel,
+    read_distilbert,
+)
 from jpeft_interop.models.errors import ModelError
 from jpeft_interop.models.gpt2 import GPT2ForSequenceClassification, GPT2LMHeadModel, GPT2Model, read_gpt2
 from jpeft_interop.models.llama import LlamaForCausalLM, LlamaForSequenceClassification, LlamaModel
 from jpeft_interop.models.llama_config import read_llama
+from jpeft_interop.models.roberta import (
+    RobertaForMaskedLM,
+    RobertaForSequenceClassification,
+    RobertaModel,
+    read_roberta,
+)
 
 
 @dataclass(frozen=True)
@@ -28,8 +40,11 @@ class Family:
       heads: the modules that a head adds, outside the prefix.
       conv1d: last names of the modules whose torch `weight` is (in, out) already (`Conv1D`).
       tied: pairs of paths that hold one array where the config ties embeddings: the first has the leaf, the second
-        none.
+        none. Several pairs may have the same first.
       buffers: last names of torch buffers that old checkpoints hold and that are no parameters.
+      with_head: modules that only a model with a head has, where no prefix tells it from one without.
+      file_names: parts of names that files have, and what they stand for in the module, in the order of replacement.
+        Where torch has renamed its modules and left its files alone.
     """
 
     model_type: str
@@ -40,6 +55,8 @@ class Family:
     conv1d: tuple[str, ...] = ()
     tied: tuple[tuple[str, str], ...] = ()
     buffers: tuple[str, ...] = ()
+    with_head: tuple[str, ...] = ()
+    file_names: tuple[tuple[str, str], ...] = ()
 
     def make(self, config: Mapping[str, Any], architecture: str, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Module:
         """A model of the class `architecture`, with random weights."""
@@ -50,6 +67,44 @@ class Family:
                 f"supported: {', '.join(classes)}"
             )
         return classes[architecture](self.read(config), dtype, rngs)
+
+    def ties(self, paths: Collection[str]) -> dict[str, tuple[str, ...]]:
+        """The other paths that torch has for a leaf, by its path, of a model with leaves at `paths`.
+
+        Example:
+          >>> family("llama").ties(["model/embed_tokens/embedding", "model/norm/weight"])
+          {'model/embed_tokens/embedding': ('lm_head/kernel',)}
+        """
+        found: dict[str, tuple[str, ...]] = {}
+        for first, second in self.tied:
+            if first in paths and second not in paths and self._has_module(second, paths):
+                found[first] = (*found.get(first, ()), second)
+        return found
+
+    def _has_module(self, tied: str, paths: Collection[str]) -> bool:
+        """Whether the model has the module of a path that has no leaf: it has others, or the module it is in has."""
+        module = tied.rpartition("/")[0]
+        outer = module.rpartition("/")[0]
+        if outer or _has_leaves(module, paths):
+            return _has_leaves(outer or module, paths)
+        others = {path.partition("/")[0] for path in paths} & set(self.heads)
+        return not others and all(_has_leaves(needed, paths) for needed in self.with_head)
+
+    def module_name(self, key: str) -> str:
+        """What the module calls the parameter that a file calls `key`."""
+        for file, module in self.file_names:
+            key = key.replace(file, module)
+        return key
+
+    def file_name(self, name: str) -> str:
+        """The inverse of `module_name`."""
+        for file, module in reversed(self.file_names):
+            name = name.replace(module, file)
+        return name
+
+
+def _has_leaves(module: str, paths: Collection[str]) -> bool:
+    return any(path.startswith(f"{module}/") for path in paths)
 
 
 def _llama_like(model_type: str, name: str) -> Family:
@@ -65,6 +120,21 @@ def _llama_like(model_type: str, name: str) -> Family:
         heads=("lm_head", "score"),
         tied=(("model/embed_tokens/embedding", "lm_head/kernel"),),
         buffers=("rotary_emb.inv_freq",),
+    )
+
+
+def _roberta_like(model_type: str, architectures: tuple[tuple[str, type[nnx.Module]], ...]) -> Family:
+    return Family(
+        model_type=model_type,
+        architectures=architectures,
+        read=read_roberta,
+        prefix="roberta",
+        heads=("lm_head", "classifier"),
+        tied=(
+            ("roberta/embeddings/word_embeddings/embedding", "lm_head/decoder/kernel"),
+            ("lm_head/bias", "lm_head/decoder/bias"),
+        ),
+        buffers=("embeddings.position_ids", "embeddings.token_type_ids"),
     )
 
 
@@ -101,6 +171,35 @@ FAMILIES: tuple[Family, ...] = (
         conv1d=("c_attn", "c_proj", "c_fc"),
         tied=(("transformer/wte/embedding", "lm_head/kernel"),),
         buffers=("attn.bias", "attn.masked_bias"),
+    ),
+    _roberta_like(
+        "roberta",
+        (
+            ("RobertaModel", RobertaModel),
+            ("RobertaForSequenceClassification", RobertaForSequenceClassification),
+            ("RobertaForMaskedLM", RobertaForMaskedLM),
+        ),
+    ),
+    # XLMRobertaForMaskedLM names its head first: the tied leaf would be the head's kernel
+    _roberta_like(
+        "xlm-roberta",
+        (
+            ("XLMRobertaModel", RobertaModel),
+            ("XLMRobertaForSequenceClassification", RobertaForSequenceClassification),
+        ),
+    ),
+    Family(
+        model_type="distilbert",
+        architectures=(
+            ("DistilBertModel", DistilBertModel),
+            ("DistilBertForSequenceClassification", DistilBertForSequenceClassification),
+            ("DistilBertForMaskedLM", DistilBertForMaskedLM),
+        ),
+        read=read_distilbert,
+        prefix="distilbert",
+        heads=("vocab_transform", "vocab_layer_norm", "vocab_projector", "pre_classifier", "classifier"),
+        tied=(("distilbert/embeddings/word_embeddings/embedding", "vocab_projector/kernel"),),
+        buffers=("embeddings.position_ids",),
     ),
 )
 

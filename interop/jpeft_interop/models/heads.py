@@ -7,6 +7,7 @@ from dataclasses import replace
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.typing import DTypeLike
 
 from jpeft_interop.models.errors import ModelError
 from jpeft_interop.models.layers import Embedding
@@ -27,6 +28,22 @@ def embed(table: Embedding, input_ids: Array | None, inputs_embeds: Array | None
         wanted = ("batch", "time", "hidden")[:axes]
         raise ModelError(f"{name} must have {axes} axes, ({', '.join(wanted)}); found shape {given.shape}")
     return given if inputs_embeds is not None else table(given)
+
+
+class VocabularyHead(nnx.Module):
+    """Logits with a `bias` of its own; the `kernel` is the word embeddings, transposed, where they are tied."""
+
+    def __init__(
+        self, sizes: tuple[int, int], deviation: float, dtype: DTypeLike, rngs: nnx.Rngs, *, tied: bool
+    ) -> None:
+        """A head of `sizes` (width, vocabulary)."""
+        init = nnx.initializers.normal(deviation)
+        self.kernel = None if tied else nnx.Param(init(rngs.params(), sizes, dtype))
+        self.bias = nnx.Param(jnp.zeros(sizes[1:], dtype))
+
+    def __call__(self, x: Array, words: Embedding) -> Array:
+        """Logits `(batch, time, vocabulary)`."""
+        return (words.attend(x) if self.kernel is None else x @ self.kernel[...]) + self.bias[...]
 
 
 def with_logits(
