@@ -10,7 +10,7 @@ import math
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -72,7 +72,24 @@ class Adapter:
         return self.constant.get(path, {}) | self.trained[path]
 
 
-def init(key: Array, spec: Spec, params: Any, *, kernels: Kernels | None = None, dtype: Any = jnp.float32) -> Adapter:
+class HasKernels(Protocol):
+    """What knows the geometry of the weights: a layout of `jpeft_interop`, say."""
+
+    @property
+    def kernels(self) -> Kernels:
+        """The geometry."""
+        ...
+
+
+def init(
+    key: Array,
+    spec: Spec,
+    params: Any,
+    *,
+    kernels: Kernels | None = None,
+    layout: HasKernels | None = None,
+    dtype: Any = jnp.float32,
+) -> Adapter:
     """A new adapter that changes nothing yet.
 
     Each weight's key is `key` folded with its path, so that values do not depend on the other targets, the mesh or the
@@ -85,6 +102,7 @@ def init(key: Array, spec: Spec, params: Any, *, kernels: Kernels | None = None,
         whole are copied, and DoRA starts from the weights' norms, so they need arrays.
       kernels: the geometry, from `jpeft.kernels`; without it two-dimensional leaves named `kernel` or `embedding` are
         known, and the output head is a kernel like any other.
+      layout: the same from a layout, in place of `kernels`.
       dtype: of the factors. float32 is right for a bf16 base too: small updates are lost in bf16.
 
     Raises:
@@ -94,7 +112,7 @@ def init(key: Array, spec: Spec, params: Any, *, kernels: Kernels | None = None,
     if not isinstance(spec, Spec):
         raise SpecError(f"init takes a spec, as in init(key, jpeft.LoRA(rank=8), params); found {type(spec).__name__}")
     flat = base_leaves(params)
-    kernels = default_kernels(flat) if kernels is None else kernels
+    kernels = _kernels(flat, kernels, layout)
     _check_fit(kernels, flat)
     sites = [_site(spec, path, kernels[path]) for path in resolve(spec.where, kernels)]
     _check_sites(spec, sites, flat)
@@ -111,6 +129,14 @@ def init(key: Array, spec: Spec, params: Any, *, kernels: Kernels | None = None,
     constant: Part = {site.path: METHODS[site.method].constant(spec, site) for site in sites}
     kept = {path: leaves for path, leaves in constant.items() if leaves}
     return Adapter({site.path: new(site) for site in sites}, kept, Meta(spec, tuple(sites)))
+
+
+def _kernels(flat: Mapping[str, Any], kernels: Kernels | None, layout: HasKernels | None) -> Kernels:
+    if kernels is not None and layout is not None:
+        raise SpecError("init takes kernels= or layout=, which both say the weights' geometry; give one")
+    if layout is not None:
+        return layout.kernels
+    return default_kernels(flat) if kernels is None else kernels
 
 
 def _fold(key: Array, path: str) -> Array:

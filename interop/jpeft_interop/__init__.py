@@ -5,6 +5,8 @@ from jpeft_interop.adapter_folders import save_adapters as save_adapters
 from jpeft_interop.generate import generate as generate
 from jpeft_interop.layout import Layout as Layout
 from jpeft_interop.layout import Place as Place
+from jpeft_interop.layout import load_layout as load_layout
+from jpeft_interop.layout import save_layout as save_layout
 from jpeft_interop.load_model import load_model as load_model
 from jpeft_interop.load_peft import load_peft as load_peft
 from jpeft_interop.load_xlora import load_peft_xlora as load_peft_xlora

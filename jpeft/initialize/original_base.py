@@ -63,6 +63,8 @@ def _check_same(adapter: Adapter, initial: Adapter) -> None:
             f"initialiser returned. Found {adapter.spec} and {initial.spec}{_first_difference(adapter, initial)}"
         )
     for site in adapter.sites:
+        if "mask" in adapter.constant.get(site.path, {}):
+            raise SpecError(f"{site.path!r} holds blocks of directions (a mask); no initialiser makes such")
         one, other = (a.constant.get(site.path, {}).get("scaling") for a in (adapter, initial))
         if site.method == "lora" and not _equal(one, other):
             raise SpecError(f"{site.path!r}: the scaling changed from {other} to {one}; the start has the first")

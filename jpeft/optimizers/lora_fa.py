@@ -116,6 +116,11 @@ def _one_minus_power(b: float, step: Array) -> Array:
 def _is_lora(adapter: Adapter, site: Site) -> bool:
     if site.method not in ("lora", "replacement"):
         raise SpecError(f"{site.path!r}: lora_fa is for LoRA adapters; found {site.method!r}")
+    if "mask" in adapter.constant.get(site.path, {}):
+        raise SpecError(
+            f"{site.path!r} holds adapters of its own for parts of the weight (a mask); LoRA-FA's correction is of one "
+            "A: use jpeft.lora_plus, or an adapter of the whole from jpeft.init"
+        )
     if site.method == "lora" and site.kernel.kind == "embedding" and site.rank > 0:
         a = adapter.trained[site.path]["a"]
         if not isinstance(a, Tracer | jax.ShapeDtypeStruct) and not bool(jnp.any(a)):
