@@ -10,6 +10,14 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from jpeft_interop.models.bert import BertForMaskedLM, BertForSequenceClassification, BertModel, read_bert
+from jpeft_interop.models.clip import (
+    CLIPModel,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPVisionModel,
+    CLIPVisionModelWithProjection,
+)
+from jpeft_interop.models.clip_config import read_clip, read_clip_text, read_clip_vision
 from jpeft_interop.models.distilbert import (
     DistilBertForMaskedLM,
     DistilBertForSequenceClassification,
@@ -26,6 +34,7 @@ from jpeft_interop.models.roberta import (
     RobertaModel,
     read_roberta,
 )
+from jpeft_interop.models.vit import ViTForImageClassification, ViTModel, read_vit
 
 
 @dataclass(frozen=True)
@@ -199,6 +208,52 @@ FAMILIES: tuple[Family, ...] = (
         prefix="distilbert",
         heads=("vocab_transform", "vocab_layer_norm", "vocab_projector", "pre_classifier", "classifier"),
         tied=(("distilbert/embeddings/word_embeddings/embedding", "vocab_projector/kernel"),),
+        buffers=("embeddings.position_ids",),
+    ),
+    Family(
+        model_type="vit",
+        architectures=(("ViTModel", ViTModel), ("ViTForImageClassification", ViTForImageClassification)),
+        read=read_vit,
+        prefix="vit",
+        heads=("classifier",),
+        file_names=(
+            ("encoder.layer.", "layers."),
+            ("attention.attention.query", "attention.q_proj"),
+            ("attention.attention.key", "attention.k_proj"),
+            ("attention.attention.value", "attention.v_proj"),
+            ("attention.output.dense", "attention.o_proj"),
+            ("intermediate.dense", "mlp.fc1"),
+            ("output.dense", "mlp.fc2"),
+        ),
+    ),
+    Family(
+        model_type="clip",
+        architectures=(("CLIPModel", CLIPModel),),
+        read=read_clip,
+        prefix="clip",
+        heads=(),
+        buffers=("embeddings.position_ids",),
+    ),
+    Family(
+        model_type="clip_text_model",
+        architectures=(
+            ("CLIPTextModel", CLIPTextModel),
+            ("CLIPTextModelWithProjection", CLIPTextModelWithProjection),
+        ),
+        read=read_clip_text,
+        prefix="text_model",
+        heads=("text_projection",),
+        buffers=("embeddings.position_ids",),
+    ),
+    Family(
+        model_type="clip_vision_model",
+        architectures=(
+            ("CLIPVisionModel", CLIPVisionModel),
+            ("CLIPVisionModelWithProjection", CLIPVisionModelWithProjection),
+        ),
+        read=read_clip_vision,
+        prefix="vision_model",
+        heads=("visual_projection",),
         buffers=("embeddings.position_ids",),
     ),
 )

@@ -30,6 +30,23 @@ def embed(table: Embedding, input_ids: Array | None, inputs_embeds: Array | None
     return given if inputs_embeds is not None else table(given)
 
 
+def images(pixel_values: Array | None, wanted: tuple[int, int, int]) -> Array:
+    """`pixel_values`, known to be of the shape that a model was made for.
+
+    Raises:
+      ModelError: they are not given, or not `(batch, *wanted)`, channels first.
+    """
+    if pixel_values is None:
+        raise ModelError("give pixel_values (batch, channels, height, width)")
+    if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != wanted:
+        expected = ", ".join(map(str, wanted))
+        raise ModelError(
+            f"pixel_values must be of shape (batch, {expected}), (channels, height, width) as the config has them; "
+            f"found {tuple(pixel_values.shape)}"
+        )
+    return pixel_values
+
+
 class VocabularyHead(nnx.Module):
     """Logits with a `bias` of its own; the `kernel` is the word embeddings, transposed, where they are tied."""
 

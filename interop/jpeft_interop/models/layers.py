@@ -1,4 +1,4 @@
-"""The two weights every model here is made of, with their random starts."""
+"""The weights that models here are made of, with their random starts."""
 
 from __future__ import annotations
 
@@ -29,3 +29,30 @@ def linear(sizes: tuple[int, int], deviation: float, dtype: DTypeLike, rngs: nnx
     """A linear map, its `kernel` of `sizes` (in, out) normal with that standard deviation, its `bias` zero."""
     init = jax.nn.initializers.normal(deviation)
     return nnx.Linear(*sizes, use_bias=bias, param_dtype=dtype, kernel_init=init, rngs=rngs)
+
+
+class Patches(nnx.Module):
+    """Square or oblong patches of images, each mapped to a vector: torch's convolution with steps of its own size."""
+
+    def __init__(
+        self,
+        patch: tuple[int, int],
+        sizes: tuple[int, int],
+        deviation: float,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+        bias: bool = True,
+    ) -> None:
+        """A `kernel` of (height, width, in, out), normal with that standard deviation; `sizes` is (channels, width)."""
+        self.kernel = nnx.Param(jax.nn.initializers.normal(deviation)(rngs.params(), (*patch, *sizes), dtype))
+        self.bias = nnx.Param(jnp.zeros(sizes[1:], dtype)) if bias else None
+
+    def __call__(self, pixel_values: Array) -> Array:
+        """`(batch, patches, width)` of images `(batch, channels, height, width)`, row by row, in the kernel's dtype."""
+        kernel = self.kernel[...]
+        x = jnp.asarray(pixel_values, kernel.dtype)
+        x = jax.lax.conv_general_dilated(
+            x, kernel, kernel.shape[:2], "VALID", dimension_numbers=("NCHW", "HWIO", "NHWC")
+        )
+        x = x.reshape(x.shape[0], -1, x.shape[-1])
+        return x if self.bias is None else x + self.bias[...]

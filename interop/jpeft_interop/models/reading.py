@@ -44,3 +44,10 @@ def heads_divide(config: Mapping[str, Any], hidden: int, heads: int) -> int:
 def number_of_labels(config: Mapping[str, Any]) -> int:
     """How many classes a classification head has: `num_labels`, else the names in `id2label`, else 2."""
     return int(config.get("num_labels") or len(config.get("id2label") or (0, 1)))
+
+
+def sides(config: Mapping[str, Any], key: str, default: int) -> tuple[int, int]:
+    """A height and a width; one number is both."""
+    value = optional(config, key, default)
+    height, width = value if isinstance(value, list | tuple) else (value, value)
+    return int(height), int(width)
