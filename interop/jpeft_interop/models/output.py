@@ -20,18 +20,18 @@ class Output:
       last_hidden_state: `(batch, time, hidden)`, after the final norm.
       hidden_states: with `output_hidden_states=True`, `layers + 1` arrays `(batch, time, hidden)` in transformers'
         order: the embeddings first, then each layer's output; of a decoder the last one is after the final norm.
-        Of an encoder-decoder they are the decoder's, as `last_hidden_state` is. Of a vision model, and of CLIP, the last
-        one is before the final norm.
+        Of an encoder-decoder they are the decoder's, as `last_hidden_state` is. Of ViT and CLIP the last one is before
+        the final norm.
       pooled: `(batch, hidden)`, BERT's pooler (`pooler_output` in transformers).
       cache: the keys and values so far, where a cache was passed in.
-      encoder_last_hidden_state: `(batch, length, hidden)`, what an encoder-decoder's encoder gave, after its final norm.
+      encoder_last_hidden_state: `(batch, length, hidden)`, what the encoder of an encoder-decoder gave.
       encoder_hidden_states: with `output_hidden_states=True`, an encoder-decoder's encoder's.
       image_embeds: `(images, projected)`, CLIP's; of length 1 in the model with both towers.
       text_embeds: `(texts, projected)`, CLIP's; of length 1 in the model with both towers.
       logits_per_image: `(images, texts)`, the scaled similarities of CLIP.
       logits_per_text: `(texts, images)`, the same, transposed.
-      vision_model_output: what the image tower of a model with both gave; its `pooled` is projected, as in transformers.
-      text_model_output: what its text tower gave.
+      vision_model_output: what the image tower of a model with both gave, `pooled` projected.
+      text_model_output: what its text tower gave, `pooled` projected.
     """
 
     logits: Array | None = None
