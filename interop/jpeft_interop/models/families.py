@@ -34,6 +34,7 @@ from jpeft_interop.models.roberta import (
     RobertaModel,
     read_roberta,
 )
+from jpeft_interop.models.t5 import T5EncoderModel, T5ForConditionalGeneration, read_t5
 from jpeft_interop.models.vit import ViTForImageClassification, ViTModel, read_vit
 
 
@@ -96,7 +97,7 @@ class Family:
         outer = module.rpartition("/")[0]
         if outer or _has_leaves(module, paths):
             return _has_leaves(outer or module, paths)
-        others = {path.partition("/")[0] for path in paths} & set(self.heads)
+        others = {path.partition("/")[0] for path in paths} & (set(self.heads) - set(self.with_head))
         return not others and all(_has_leaves(needed, paths) for needed in self.with_head)
 
     def module_name(self, key: str) -> str:
@@ -255,6 +256,23 @@ FAMILIES: tuple[Family, ...] = (
         prefix="vision_model",
         heads=("visual_projection",),
         buffers=("embeddings.position_ids",),
+    ),
+    Family(
+        model_type="t5",
+        architectures=(
+            ("T5ForConditionalGeneration", T5ForConditionalGeneration),
+            ("T5EncoderModel", T5EncoderModel),
+        ),
+        read=read_t5,
+        prefix="transformer",
+        heads=("decoder", "lm_head"),
+        tied=(
+            ("shared/embedding", "encoder/embed_tokens/embedding"),
+            ("shared/embedding", "decoder/embed_tokens/embedding"),
+            ("shared/embedding", "lm_head/kernel"),
+        ),
+        buffers=("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",),
+        with_head=("decoder",),
     ),
 )
 

@@ -14,17 +14,24 @@ from jpeft_interop.models.layers import Embedding
 from jpeft_interop.models.output import Output
 
 
-def embed(table: Embedding, input_ids: Array | None, inputs_embeds: Array | None) -> Array:
+def embed(table: Embedding, input_ids: Array | None, inputs_embeds: Array | None, side: str = "") -> Array:
     """The embeddings `(batch, time, hidden)`: looked up, or as given. An id outside the table gives NaN.
+
+    Args:
+      table: the word embeddings.
+      input_ids: `(batch, time)`.
+      inputs_embeds: `(batch, time, hidden)`, instead.
+      side: `decoder_`, where errors are to name those.
 
     Raises:
       ModelError: both or neither are given, or either has the wrong number of axes.
     """
     given, axes = (input_ids, 2) if inputs_embeds is None else (inputs_embeds, 3)
     if given is None or (input_ids is not None and inputs_embeds is not None):
-        raise ModelError("give exactly one of input_ids (batch, time) and inputs_embeds (batch, time, hidden)")
+        names = f"{side}input_ids (batch, time) and {side}inputs_embeds (batch, time, hidden)"
+        raise ModelError(f"give exactly one of {names}")
     if given.ndim != axes:
-        name = "input_ids" if axes == 2 else "inputs_embeds"
+        name = f"{side}input_ids" if axes == 2 else f"{side}inputs_embeds"
         wanted = ("batch", "time", "hidden")[:axes]
         raise ModelError(f"{name} must have {axes} axes, ({', '.join(wanted)}); found shape {given.shape}")
     return given if inputs_embeds is not None else table(given)
