@@ -11,6 +11,7 @@ Parts with the same A share its directions, as the parts of one LoRA on the fuse
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -50,7 +51,8 @@ class Piece:
     @property
     def rank(self) -> int:
         """r; 0 where the method has none."""
-        return self.leaves["a"].shape[0] if "a" in self.leaves else 0
+        experts = math.prod(self.spot.kernel.batch_shape)
+        return self.leaves["a"].shape[0] // experts if "a" in self.leaves else 0
 
     @property
     def region(self) -> tuple[Side, tuple[tuple[str, int], ...]]:
@@ -97,14 +99,22 @@ class Joined:
             found[self._index(i)].append(i)
         return found
 
+    @cached_property
+    def _adapted(self) -> np.ndarray:
+        """(*batch,): which matrices have factors."""
+        adapted = np.zeros(self.kernel.batch_shape, bool)
+        for piece in self.pieces:
+            at_batch(adapted, piece.link, self.kernel)[...] = True
+        return adapted
+
     @property
     def layers(self) -> tuple[int, ...] | None:
         """Of a stacked weight, the slices that the file has; None for all."""
-        batch = self.kernel.batch_shape
-        if not batch or len(self.by_index) == int(np.prod(batch)):
+        batch, adapted = self.kernel.batch_shape, self._adapted
+        if adapted.all():
             return None
         firsts = sorted({index[0] for index in self.by_index})
-        if len(self.by_index) != len(firsts) * int(np.prod(batch[1:])):
+        if np.count_nonzero(adapted) != len(firsts) * math.prod(batch[1:]):
             raise AdapterError(
                 f"{self.file}: of the weights stacked in {self.pieces[0].link.path!r} only some have factors: "
                 f"{sorted(self.by_index)}"
@@ -167,8 +177,7 @@ class Joined:
             for i in found:
                 part = self._ones(self.pieces[i], "b") * np.float32(self.scales[i] / (self._scale(found) or 1.0))
                 put_matrix(mask, "b", part, self.pieces[i].link, kernel, self.starts[i])
-        for index in set(np.ndindex(kernel.batch_shape)) - set(self.by_index):
-            mask[index] = 1  # not adapted: the scaling is zero there
+        mask[~self._adapted] = 1  # the scaling is zero there
         if (mask == 1).all() or mask.size == 0:
             return None
         first = mask.reshape(*mask.shape[: len(kernel.batch) + 1], -1)[..., :1]
@@ -178,7 +187,7 @@ class Joined:
     def _ones(self, piece: Piece, name: str) -> np.ndarray:
         spot = piece.spot.kernel
         output = spot.sizes(spot.output)
-        return np.ones((piece.rank, *output) if name == "b" else output, np.float32)
+        return np.ones((*spot.batch_shape, *((piece.rank,) if name == "b" else ()), *output), np.float32)
 
     @property
     def _are_whole(self) -> bool:

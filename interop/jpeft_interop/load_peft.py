@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from jpeft_interop.lora_keys import Leaves
 from jpeft_interop.peft_config import PeftConfig, read_config
 from jpeft_interop.peft_keys import PREFIX, Keys, Spot, keys_of, spot_of
 from jpeft_interop.safetensors_file import read_safetensors
+from jpeft_interop.target_parameters import is_targeted, stored_names
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 
@@ -107,6 +109,21 @@ class _Reading:
     def keys(self) -> Keys:
         return keys_of(self.spec)
 
+    @cached_property
+    def _parameters(self) -> list[str]:
+        """The parameters of experts that the config targets."""
+        for name in self.config.parameters:
+            if not any(is_targeted(known, (name,)) for known in self.layout.parameters):
+                raise AdapterError(
+                    f"{self.file}: {name!r}, in 'target_parameters' in {CONFIG}, is no stacked kernel of these params; "
+                    f"the nearest are {nearest(name, self.layout.parameters)}"
+                )
+        return [name for name in self.layout.parameters if is_targeted(name, self.config.parameters)]
+
+    @cached_property
+    def _stored(self) -> dict[str, str]:
+        return stored_names(self._parameters)
+
     def adapter(self) -> Adapter:
         factors, plain = self._sorted()
         by_path = self._by_path(factors)
@@ -120,14 +137,20 @@ class _Reading:
         return Adapter(trained, constant, Meta(self._spec_here(factors), sites))
 
     def _spec_here(self, factors: Mapping[str, Leaves]) -> Spec:
-        return as_peft_reads(self.spec, factors)
+        spec: Any = as_peft_reads(self.spec, factors)
+        if not self.config.parameters:
+            return spec
+        # Here a name may mean a module or a parameter: to mean no more than PEFT does, each is named whole.
+        return replace(spec, targets=tuple(sorted(factors)), exclude=(), layers_to_transform=None, layers_pattern=())
 
     def _sorted(self) -> tuple[dict[str, Leaves], dict[str, str]]:
         """Factors by torch module, and the other keys by the name of the param that they are for."""
         factors: dict[str, Leaves] = {}
         plain: dict[str, str] = {}
+        owned = {stored: parameter for parameter, stored in self._stored.items()}
         for key, tensor in self.tensors.items():
             name, leaf = self.keys.split(key, self.file)
+            name = owned.get(name, name) if leaf is not None else name
             if leaf is None:
                 plain[name] = key
                 continue
@@ -152,6 +175,11 @@ class _Reading:
         where = self.spec.where
         if where.targets == ALL_LINEAR:
             return
+        for parameter in self._parameters:
+            if parameter not in factors:
+                raise AdapterError(
+                    f"{self.file}: {parameter!r} is in 'target_parameters' in {CONFIG}, and its factors are missing"
+                )
         for module, kernel in self.layout.modules.items():
             path = f"{module}/weight".replace(".", "/")
             targeted = names_module(where.targets, module) and is_kept(where, path, kernel)
@@ -169,7 +197,8 @@ class _Reading:
         found: dict[str, list[Piece]] = {}
         for module, leaves in factors.items():
             told = f"{PREFIX}{module}{next(iter(self.keys.suffixes.values()))}"
-            for link in find(self.layout, f"{module}.weight", self.file, told):
+            key = module if module in self._stored else f"{module}.weight"
+            for link in find(self.layout, key, self.file, told):
                 one = Piece(self._spot(link), leaves, link)
                 self._check_complete(one.spot, leaves)
                 self._check_shapes(one)
@@ -182,6 +211,7 @@ class _Reading:
                 f"{self.file}: {link.path!r} has factors, and in the layout it is the weight of no product"
             )
         spot = spot_of(link, self.kernels[link.path], self.layout)
+        spot = spot._replace(stored=self._stored.get(spot.module))
         if (reason := self.keys.why_not(spot)) is not None:
             raise AdapterError(f"{self.file}: {spot.module!r} can't be loaded: {reason}")
         return spot

@@ -7,6 +7,8 @@
 | `bias` (out)             | `lora_B.bias`                                | (out,)                         |
 | `a` of an embedding      | `lora_embedding_A`                           | (r, rows)                      |
 | `b` of an embedding      | `lora_embedding_B`                           | (out, r)                       |
+| `a` (experts, in, r)     | `lora_A.weight`                              | (experts · r, in)              |
+| `b` (experts, r, out)    | `lora_B.weight`                              | (out, r · experts)             |
 | `m` (out), DoRA          | `lora_magnitude_vector`                      | (out,); conv (1, out, 1...)    |
 | `a`, `b`, AdaLoRA        | `lora_A`, `lora_B`                           | (r, in · k...), (out, r)       |
 | `e` (r), AdaLoRA         | `lora_E`                                     | (r, 1)                         |
@@ -16,6 +18,7 @@ A tied head's ΔW is the transpose of its embedding's.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -35,6 +38,9 @@ Shapes = dict[str, tuple[int, ...]]
 def shapes(kernel: Kernel, rank: int, as_head: bool) -> Shapes:
     """The file's shape of each leaf of one matrix of `kernel`, of a LoRA or DoRA."""
     out, fan_in = kernel.fan_out, kernel.fan_in
+    if kernel.batch:
+        rows = math.prod(kernel.batch_shape) * rank
+        return {"a": (rows, fan_in), "b": (out, rows)}
     if kernel.kind == "conv":
         *window, channels = kernel.sizes(kernel.contracted)
         ones = [1] * len(window)
@@ -47,6 +53,9 @@ def shapes(kernel: Kernel, rank: int, as_head: bool) -> Shapes:
 def to_file(leaves: Leaves, kernel: Kernel, as_head: bool) -> Leaves:
     """The leaves of one matrix, A (in, r), B (r, out), bias and m (out), as the file has them."""
     wanted = shapes(kernel, leaves["a"].shape[-1], as_head)
+    if kernel.batch:  # A with the experts outside its directions, B with them inside
+        a, b = leaves["a"].mT, leaves["b"].transpose(2, 1, 0)
+        return {"a": a.reshape(wanted["a"]), "b": b.reshape(wanted["b"])}
     a, b = (leaves["b"].T, leaves["a"].T) if as_head else (leaves["a"], leaves["b"])
     a = _taps_last(a, kernel) if kernel.kind == "conv" else a.T
     others = {name: leaf.reshape(wanted[name]) for name, leaf in leaves.items() if name in ("bias", "m")}
@@ -55,6 +64,10 @@ def to_file(leaves: Leaves, kernel: Kernel, as_head: bool) -> Leaves:
 
 def from_file(leaves: Leaves, kernel: Kernel, as_head: bool) -> Leaves:
     """The inverse of `to_file`: A `(*contracted, r)`, B `(r, *output)`, bias and m `(*output)`."""
+    if kernel.batch:
+        experts = kernel.batch_shape[0]
+        a, b = leaves["a"].reshape(experts, -1, kernel.fan_in).mT, leaves["b"].reshape(kernel.fan_out, -1, experts)
+        return {"a": a, "b": b.transpose(2, 1, 0)}
     rank = leaves["a"].shape[0]
     a = _taps_first(leaves["a"]) if kernel.kind == "conv" else leaves["a"].T
     b = leaves["b"].reshape(leaves["b"].shape[:2])

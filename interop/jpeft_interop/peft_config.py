@@ -14,12 +14,16 @@ from jpeft_interop.peft_types import TYPES, PeftType, type_of
 
 @dataclass(frozen=True)
 class PeftConfig:
-    """An adapter's config: the spec, and what of the file has no place in it."""
+    """An adapter's config: the spec, and what of the file has no place in it.
+
+    `parameters` are PEFT's `target_parameters`, which are no modules' names.
+    """
 
     spec: Spec
     base_model: str | None
     task_type: str | None
     fan_in_fan_out: bool
+    parameters: tuple[str, ...] = ()
 
 
 def read_config(found: Mapping[str, Any], file: str) -> PeftConfig:
@@ -48,7 +52,8 @@ def read_config(found: Mapping[str, Any], file: str) -> PeftConfig:
         spec = kind.read(config)
     except SpecError as error:
         raise AdapterError(f"{file}: {error}") from error
-    return PeftConfig(spec, config["base_model_name_or_path"], config["task_type"], config["fan_in_fan_out"])
+    names = tuple(config.get("target_parameters") or ())
+    return PeftConfig(spec, config["base_model_name_or_path"], config["task_type"], config["fan_in_fan_out"], names)
 
 
 def _check_fields(kind: PeftType, config: Mapping[str, Any], file: str) -> None:
@@ -79,4 +84,5 @@ def write_config(config: PeftConfig) -> dict[str, Any]:
             "task_type": config.task_type,
             "fan_in_fan_out": config.fan_in_fan_out,
         }
+        | ({"target_parameters": list(config.parameters)} if config.parameters else {})
     )

@@ -16,7 +16,7 @@ from jpeft_interop import ia3_keys, lora_keys
 from jpeft_interop.ia3_keys import bias_of_head
 from jpeft_interop.layout import Layout, Link
 from jpeft_interop.layout.factors import is_head
-from jpeft_interop.layout.geometry import canonical_kernel
+from jpeft_interop.layout.geometry import BATCH, canonical_kernel
 from jpeft_interop.lora_keys import Leaves, Shapes
 
 PREFIX = "base_model.model."
@@ -26,16 +26,18 @@ class Spot(NamedTuple):
     """One matrix that is adapted.
 
     Attributes:
-      module: its torch module.
+      module: its torch module; of experts' stacked kernels, which have none of their own, the parameter.
       kernel: its kernel here.
       as_head: whether it is an embedding used as a tied head.
       head_bias: where that head's bias lies, if it has one.
+      stored: the module's name in PEFT's files, where that is another.
     """
 
     module: str
     kernel: Kernel
     as_head: bool = False
     head_bias: str | None = None
+    stored: str | None = None
 
     @property
     def is_lookup(self) -> bool:
@@ -49,6 +51,8 @@ def spot_of(link: Link, kernel: Kernel, layout: Layout) -> Spot:
     Raises:
       AdapterError: it is no module's weight.
     """
+    if link.kind in BATCH:
+        return Spot(link.key, canonical_kernel(link))
     if not link.key.endswith(".weight"):
         raise AdapterError(f"{link.path!r} lies in {link.key!r}; PEFT adapts modules, whose weight is called 'weight'")
     module, as_head = link.key.removesuffix(".weight"), is_head(link, kernel)
@@ -82,7 +86,7 @@ class Keys(NamedTuple):
     def names(self, spot: Spot) -> dict[str, str]:
         """The file's key of each leaf."""
         table = self.embedding if spot.is_lookup else self.suffixes
-        return {leaf: f"{PREFIX}{spot.module}{suffix}" for leaf, suffix in table.items()}
+        return {leaf: f"{PREFIX}{spot.stored or spot.module}{suffix}" for leaf, suffix in table.items()}
 
     def split(self, key: str, file: str) -> tuple[str, str | None]:
         """The torch module and the leaf that a key is for; the leaf is None for a key that is a param's own name.
@@ -103,7 +107,13 @@ def _no_groups(spot: Spot) -> str | None:
     return "a low-rank adapter on a grouped convolution is no change of its kernel" if spot.kernel.groups != 1 else None
 
 
+def _no_experts(spot: Spot) -> str | None:
+    return "PEFT's target_parameters are for LoRA alone" if spot.kernel.batch else None
+
+
 def _dora_not(spot: Spot) -> str | None:
+    if spot.kernel.batch:
+        return _no_experts(spot)
     if spot.as_head:
         return (
             "DoRA on a tied output head has a magnitude for each token, on the embedding one for each feature: no "
@@ -115,6 +125,8 @@ def _dora_not(spot: Spot) -> str | None:
 def _adalora_not(spot: Spot) -> str | None:
     if spot.is_lookup:
         return "AdaLoRA has no form for embeddings"
+    if spot.kernel.batch:
+        return _no_experts(spot)
     if spot.kernel.kind == "conv" and len(spot.kernel.contracted) != 3:
         return "AdaLoRA has no form for convolutions but those of images"
     return _no_groups(spot)
@@ -126,6 +138,8 @@ def _ia3_not(spot: Spot) -> str | None:
             f"IA³ on the tied output head scales its bias {spot.head_bias!r} too, which lies elsewhere; adapt "
             "params where the head is a leaf of its own"
         )
+    if spot.kernel.batch:
+        return _no_experts(spot)
     if spot.is_lookup:
         return "IA³ has no form for embeddings"
     if spot.kernel.kind == "conv" and len(spot.kernel.contracted) not in (3, 4):

@@ -25,6 +25,7 @@ from jpeft_interop.load_peft import CONFIG, WEIGHTS
 from jpeft_interop.peft_config import PeftConfig, write_config
 from jpeft_interop.peft_keys import KEYS, PREFIX, keys_of
 from jpeft_interop.split import Matrix, matrices
+from jpeft_interop.target_parameters import shortest
 
 EMBEDDING_NAMES = ("embed_tokens", "lm_head")  # whose base weight PEFT stores beside its factors
 OTHERS = ("README.md",)  # what PEFT leaves in a folder, and a new save may take away
@@ -64,14 +65,28 @@ def save_peft(
         if not np.isfinite(tensor.astype(np.float32)).all():
             raise AdapterError(f"{key!r} holds values that are not finite; nothing was written")
     spec = _exported_spec(adapter, found, layout)
-    fan_in_fan_out = any(layout.by_key[f"{one.spot.module}.weight"][0].kind == "conv1d" for one in found)
-    config = write_config(PeftConfig(spec, base_model, task_type, fan_in_fan_out))
+    weights = [f"{one.spot.module}.weight" for one in found]
+    fan_in_fan_out = any(layout.by_key[key][0].kind == "conv1d" for key in weights if key in layout.by_key)
+    parameters = {one.spot.module for one in found if one.spot.kernel.batch}
+    _check_parameters(spec, parameters)
+    named = tuple(shortest(parameters, layout.parameters))
+    config = write_config(PeftConfig(spec, base_model, task_type, fan_in_fan_out, named))
 
     def fill(new: Path) -> None:
         (new / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True))
         save_file(tensors, new / WEIGHTS, {"format": "pt"})
 
     write_folder(folder, fill, replaceable=lambda name: name in OTHERS)
+
+
+def _check_parameters(spec: Any, parameters: set[str]) -> None:
+    """What PEFT's adapters of parameters can't have."""
+    if parameters and (spec.dropout or spec.factor_bias):
+        found = f"dropout={spec.dropout}" if spec.dropout else "factor_bias=True"
+        raise AdapterError(
+            f"PEFT has no {found} on {sorted(parameters)[0]!r} (target_parameters): "
+            "adapter.replace(meta=dataclasses.replace(adapter.meta, spec=dataclasses.replace(spec, dropout=0.0)))"
+        )
 
 
 def _tensors(
@@ -223,7 +238,12 @@ def _dotted(names: str | tuple[str, ...]) -> Any:
 
 def _with_targets(spec: Any, modules: set[str], layout: Layout) -> Any:
     """The first way of saying the targets that PEFT resolves to just these modules."""
-    known = layout.modules
+    known, modules = layout.modules, modules - layout.parameters
+    if layout.parameters and isinstance(spec.targets, tuple):  # the names of parameters are no modules'
+        meant = tuple(name for name in spec.targets if any(names_module((name,), module) for module in known))
+        spec = replace(spec, targets=meant)
+    if not modules:
+        return replace(spec, targets=(), exclude=())
     spec = replace(spec, targets=_dotted(spec.targets), exclude=_dotted(spec.exclude))
     explicit = replace(spec, exclude=(), layers_to_transform=None, layers_pattern=())
     ends = tuple(sorted({name.rpartition(".")[2] for name in modules}))

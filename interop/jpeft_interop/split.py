@@ -9,19 +9,22 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from jpeft.adapter import Adapter
 from jpeft.errors import AdapterError
+from jpeft.kernel import Kernel
 from jpeft.site import Site
 from jpeft_interop.layout import Layout, Link
 from jpeft_interop.layout.factors import at_batch, batch_index, matrix_of
+from jpeft_interop.layout.geometry import BATCH, OUTPUT
 from jpeft_interop.lora_keys import Leaves
 from jpeft_interop.peft_keys import KEYS, Spot, spot_of
+from jpeft_interop.target_parameters import stored_names
 
-ROWS = {"a": -1, "b": 0, "e": 0}  # the axis of each leaf's directions
+ROWS = {"a": -1, "b": -2, "e": -1}  # the axis of each leaf's directions
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class Matrix:
 
     Attributes:
       spot: its module.
-      leaves: A (in, r), B (r, out), m (out), …: each leaf's own axes joined.
+      leaves: A (in, r), B (r, out), m (out), …: each leaf's own axes joined; with the experts first, of their kernels.
       scaling: s; 1 where the method has none.
       site: the weight here, or one of them.
     """
@@ -59,7 +62,9 @@ def matrices(adapter: Adapter, layout: Layout) -> list[Matrix]:
                 if (one := _matrix(adapter, site, link, layout)) is not None:
                     found[one.spot.module].append((link, one))
     joined = [_fused([one for _, one in parts], layout.by_key[parts[0][0].key]) for parts in found.values()]
-    return [one for one in joined if KEYS[one.site.method].has_rank_zero or one.rank > 0]
+    kept = [one for one in joined if KEYS[one.site.method].has_rank_zero or one.rank > 0]
+    stored = stored_names(one.spot.module for one in kept if one.spot.kernel.batch)
+    return [replace(one, spot=one.spot._replace(stored=stored.get(one.spot.module))) for one in kept]
 
 
 def _links(site: Site, layout: Layout) -> Iterator[Link]:
@@ -90,7 +95,7 @@ def _matrix(adapter: Adapter, site: Site, link: Link, layout: Layout) -> Matrix 
     own = {name: np.asarray(leaf) for name, leaf in adapter.trained[site.path].items()}
     if "a" in own:
         own["a"] = np.broadcast_to(own["a"], (*kernel.batch_shape, *own["a"].shape[len(kernel.batch) :]))
-    leaves = {name: _flat(name, matrix_of(leaf, name, link, kernel)) for name, leaf in own.items()}
+    leaves = {name: _flat(name, matrix_of(leaf, name, link, kernel), spot.kernel) for name, leaf in own.items()}
     if "m" in leaves:
         leaves["m"] = (leaves["m"] / np.asarray(link.scale, leaves["m"].dtype)).astype(leaves["m"].dtype)
     scaling = float(np.max(at_batch(np.asarray(constant["scaling"]), link, kernel))) if "scaling" in constant else 1.0
@@ -103,11 +108,12 @@ def _matrix(adapter: Adapter, site: Site, link: Link, layout: Layout) -> Matrix 
     return Matrix(spot, leaves, scaling / link.scale, site)
 
 
-def _flat(name: str, leaf: np.ndarray) -> np.ndarray:
+def _flat(name: str, leaf: np.ndarray, kernel: Kernel) -> np.ndarray:
     """With the inputs joined, and the outputs."""
-    size = math.prod
-    shapes = {"a": (size(leaf.shape[:-1]), leaf.shape[-1]), "b": (leaf.shape[0], size(leaf.shape[1:]))}
-    return leaf.reshape(shapes.get(name, -1))
+    lead = len(kernel.batch)
+    batch, own = leaf.shape[:lead], leaf.shape[lead:]
+    shapes = {"a": (math.prod(own[:-1]), own[-1]), "b": (own[0], math.prod(own[1:]))} if name in ("a", "b") else {}
+    return leaf.reshape(*batch, *shapes.get(name, (math.prod(own),)))
 
 
 def _rows(name: str, leaf: np.ndarray, kept: np.ndarray) -> np.ndarray:
@@ -124,7 +130,8 @@ def _kept(mask: np.ndarray, site: Site, link: Link) -> np.ndarray:
     if site.method == "ia3":
         return np.unique(_values(matrix_of(mask, "l", link, kernel)[None], link)[0])
     full = np.broadcast_to(mask, (*kernel.batch_shape, site.rank, *output))
-    values = _values(matrix_of(full, "b", link, kernel), link)
+    found = matrix_of(full, "b", link, kernel)
+    values = _values(found[0] if link.kind in BATCH else found, link)
     if not (values == values[:, :1]).all() or len(np.unique(values[values != 0])) > 1:
         raise AdapterError(f"{link.key!r}: the mask of {site.path!r} is not the same for all its outputs")
     return values[:, 0]
@@ -133,8 +140,8 @@ def _kept(mask: np.ndarray, site: Site, link: Link) -> np.ndarray:
 def _values(matrix: np.ndarray, link: Link) -> np.ndarray:
     """(rows, region): those of torch's outputs that lie in this weight."""
     flat = matrix.reshape(matrix.shape[0], math.prod(matrix.shape[1:]))
-    axis = link.torch[0]
-    if link.kind != "linear" or axis.length(link.sizes) == axis.size:
+    axis = link.torch[OUTPUT[link.kind][0]]
+    if axis.length(link.sizes) == axis.size:
         return flat
     return flat[:, axis.start : axis.start + axis.length(link.sizes)]
 
@@ -156,16 +163,12 @@ def _fused(parts: list[Matrix], links: tuple[Link, ...]) -> Matrix:
         )
     if "bias" in first.leaves:
         raise AdapterError(f"{module!r} is fused of several weights, which have each a bias of B; torch's has one")
-    shared = all(_shares(first, part) for part in parts)
+    shared = all(np.array_equal(first.leaves["a"], part.leaves["a"]) for part in parts)
     scaling = max((part.scaling for part in parts), key=abs)
     b = [part.leaves["b"] * np.asarray(part.scaling / (scaling or 1), part.leaves["b"].dtype) for part in parts]
-    a = first.leaves["a"] if shared else np.concatenate([part.leaves["a"] for part in parts], 1)
-    leaves = {"a": a, "b": sum(b[1:], b[0]) if shared else np.concatenate(b)}
+    a = first.leaves["a"] if shared else np.concatenate([part.leaves["a"] for part in parts], -1)
+    leaves = {"a": a, "b": sum(b[1:], b[0]) if shared else np.concatenate(b, -2)}
     return Matrix(first.spot, leaves | _magnitudes(parts), scaling, first.site)
-
-
-def _shares(one: Matrix, other: Matrix) -> bool:
-    return np.array_equal(one.leaves["a"], other.leaves["a"])
 
 
 def _magnitudes(parts: list[Matrix]) -> Leaves:

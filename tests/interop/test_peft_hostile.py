@@ -109,7 +109,7 @@ def test_a_fifo_does_not_hang(folder, params, name):
         ("rank_pattern", {"q_proj": 1.5}, "integers"),
         ("use_dora", 1, "true or false"),
         ("use_bdlora", True, "not supported"),
-        ("target_parameters", ["w"], "not supported"),
+        ("target_parameters", ["w"], "no stacked kernel"),
         ("layer_replication", [[0, 1]], "not supported"),
         ("init_lora_weights", "pissa", "path_initial_model_for_weight_conversion"),
     ],

@@ -14,6 +14,8 @@ from jpeft_interop.models.families import FAMILIES
 
 # transformers' Conv1D holds (in, out)
 CONV1D = re.compile(r"(?:^|/)h/\d+/(?:(?:cross)?attn|crossattention|mlp)/(?:c_attn|q_attn|c_proj|c_fc)/kernel$")
+# transformers' stacked kernels of experts, (experts, out, in)
+EXPERTS = re.compile(r"(?:^|/)experts/(?:gate_up_proj|down_proj)$")
 # The leaf that an embedding and a head share, and the torch module of the head that then has no leaf of its own.
 TIED = {
     (first, dotted(head.removesuffix("/kernel")))
@@ -45,6 +47,8 @@ def _tensor(path: str, ndim: int) -> tuple[str, Tensor]:
     if leaf == "kernel" and ndim > 2:
         taps = " ".join(f"k{n}" for n in range(ndim - 2))
         return f"{taps} i o", Tensor(weight, f"o i {taps}", "conv")
+    if EXPERTS.search(path) and ndim == 3:
+        return "e o i", Tensor(dotted(path), "e o i", "experts")
     axes = " ".join(f"a{n}" for n in range(ndim))
     return axes, Tensor(dotted(path), axes, "plain")
 

@@ -14,7 +14,7 @@ import numpy as np
 from jpeft.errors import AdapterError
 from jpeft.kernel import Kernel
 from jpeft_interop.layout.axes import Axis
-from jpeft_interop.layout.geometry import OUTPUT, contracted_axes
+from jpeft_interop.layout.geometry import BATCH, OUTPUT, contracted_axes
 from jpeft_interop.layout.link import Link, Side, assign, named, whole
 
 # The axes of each leaf, after the batch axes.
@@ -45,7 +45,8 @@ def matrix_of(array: np.ndarray, leaf: str, link: Link, kernel: Kernel) -> np.nd
       kernel: the weight's geometry.
 
     Returns:
-      Of `a` `(*contracted, r)`, of `b` `(r, *output)`, …, axes as `canonical_kernel(link)` has them.
+      Of `a` `(*contracted, r)`, of `b` `(r, *output)`, …, the axes as `canonical_kernel(link)` has them; before them
+      the experts, where torch stacks them.
 
     Raises:
       AdapterError: torch's inputs are not the weight's inputs.
@@ -59,7 +60,7 @@ def matrix_of(array: np.ndarray, leaf: str, link: Link, kernel: Kernel) -> np.nd
 
 def put_matrix(target: np.ndarray, leaf: str, array: np.ndarray, link: Link, kernel: Kernel, start: int = 0) -> None:
     """The inverse of `matrix_of`: writes a matrix's part into a leaf, its directions from `start` on."""
-    rank = _rank_of(array, leaf)
+    rank = _rank_of(array, leaf, len(BATCH.get(link.kind, ())))
     here, there = _sides(leaf, link, kernel, rank)
     size = _rank_of(target, leaf, len(kernel.batch))
     here = tuple(Axis(axis.names, start, size) if axis.names == ("rank",) else axis for axis in here)
@@ -78,7 +79,7 @@ def batch_index(link: Link, kernel: Kernel) -> tuple[int, ...]:
     return tuple(int(i) for i in np.unravel_index(int(np.min(places)), kernel.batch_shape))
 
 
-def _rank_of(array: np.ndarray, leaf: str, batch: int = 0) -> int:
+def _rank_of(array: np.ndarray, leaf: str, batch: int) -> int:
     axes = AXES[leaf]
     if "rank" not in axes:
         return 1
@@ -98,7 +99,8 @@ def _sides(leaf: str, link: Link, kernel: Kernel, rank: int) -> tuple[Side, Side
     if leaf == "l_in" and link.kind == "conv":  # one for each channel, whatever the tap
         here["contracted"], there["contracted"] = here["contracted"][-1:], there["contracted"][-1:]
     batch = tuple(link.leaf[axis] for axis in kernel.batch)
-    return (*batch, *_joined(leaf, here)), _joined(leaf, there)
+    stacked = tuple(link.torch[axis] for axis in BATCH.get(link.kind, ()))
+    return (*batch, *_joined(leaf, here)), (*stacked, *_joined(leaf, there))
 
 
 def _joined(leaf: str, groups: Mapping[str, Side]) -> Side:

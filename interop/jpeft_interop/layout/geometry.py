@@ -11,8 +11,9 @@ from jpeft_interop.layout.place import Place
 
 # Of a torch tensor, the axes that its module contracts (looks up, for an embedding), in the order that a kernel here
 # has them, and those that come out.
-CONTRACTED = {"linear": (1,), "conv1d": (0,), "embedding": (0,)}
-OUTPUT = {"linear": (0,), "conv": (0,), "conv1d": (1,), "embedding": (1,)}
+CONTRACTED = {"linear": (1,), "conv1d": (0,), "embedding": (0,), "experts": (2,), "experts_io": (1,)}
+OUTPUT = {"linear": (0,), "conv": (0,), "conv1d": (1,), "embedding": (1,), "experts": (1,), "experts_io": (2,)}
+BATCH = {"experts": (0,), "experts_io": (0,)}
 
 
 def contracted_axes(kind: Kind, ndim: int) -> tuple[int, ...]:
@@ -46,10 +47,10 @@ def _roles(link: Link, names: Sequence[str]) -> set[str]:
 
 
 def _role(link: Link, name: str) -> str:
-    if name in dict(link.index):
+    of = lambda axes: {name for axis in axes for name in link.torch[axis].names}
+    if name in dict(link.index) or name in of(BATCH.get(link.kind, ())):
         return "batch"
-    output = {name for axis in OUTPUT[link.kind] for name in link.torch[axis].names}
-    return "output" if name in output else "contracted"
+    return "output" if name in of(OUTPUT[link.kind]) else "contracted"
 
 
 def canonical_kernel(link: Link, *, as_head: bool = False, groups: int = 1) -> Kernel:
@@ -63,5 +64,8 @@ def canonical_kernel(link: Link, *, as_head: bool = False, groups: int = 1) -> K
     if link.kind == "conv":
         whole = (*shape[2:], shape[1], shape[0])
         return Kernel(whole, tuple(range(len(whole) - 1)), (len(whole) - 1,), kind="conv", groups=groups)
+    if link.kind in BATCH:
+        whole = (shape[0], shape[2], shape[1]) if link.kind == "experts" else shape
+        return Kernel(whole, (1,), (2,), (0,))
     matrix = shape[::-1] if link.kind == "linear" else shape
     return Kernel(matrix, (0,), (1,), kind="embedding" if link.kind == "embedding" else "product")

@@ -24,7 +24,7 @@ from jpeft.errors import AdapterError, WeightsError
 from jpeft.kernel import Kernel, Kernels
 from jpeft.tree import flatten, nearest, replace
 from jpeft_interop.arrays import host, own
-from jpeft_interop.layout.geometry import canonical_kernel, kernel_of
+from jpeft_interop.layout.geometry import BATCH, canonical_kernel, kernel_of
 from jpeft_interop.layout.link import Link, assign, scaled, whole
 from jpeft_interop.layout.place import Place
 from jpeft_interop.torch_table import nest
@@ -124,8 +124,15 @@ class Layout(Mapping[str, Place]):
         """The torch modules that have a weight of a product, and its kernel, apart from where it lies here."""
         weights = {key: links[0] for key, links in self.by_key.items() if key.endswith(".weight")}
         return {
-            key.removesuffix(".weight"): canonical_kernel(link) for key, link in weights.items() if link.kind != "plain"
+            key.removesuffix(".weight"): canonical_kernel(link)
+            for key, link in weights.items()
+            if link.kind not in ("plain", *BATCH)
         }
+
+    @property
+    def parameters(self) -> set[str]:
+        """The torch parameters that are experts' stacked kernels, no module's weight."""
+        return {key for key, links in self.by_key.items() if links[0].kind in BATCH}
 
     @cached_property
     def kernels(self) -> Kernels:

@@ -15,18 +15,19 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from jpeft.atomic import write_file
 from jpeft.errors import WeightsError
 from jpeft_interop.json_file import read_json_object
 from jpeft_interop.layout.layout import Layout
+from jpeft_interop.layout.link import Kind
 from jpeft_interop.layout.place import Place, Tensor
 
 FORMAT = "jpeft-layout-1"
 MARK = "{#}"
 NUMBER = re.compile(r"(?<![0-9A-Za-z])\d+(?![0-9A-Za-z])")
-KINDS = ("linear", "conv", "conv1d", "embedding", "plain")
+KINDS = get_args(Kind)
 
 Rows = dict[str, dict[str, Any]]
 

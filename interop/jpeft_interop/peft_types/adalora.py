@@ -107,7 +107,7 @@ ADALORA = PeftType(
     "ADALORA",
     DEFAULTS,
     FIELDS,
-    (*lora.REFUSED, "use_dora"),
+    (*lora.REFUSED, "target_parameters", "use_dora"),
     (*lora.HISTORY, *UNREAD),
     _read,
     _write,

@@ -98,7 +98,7 @@ def listed(value: Any) -> Any:
 def targeting(config: Config) -> dict[str, Any]:
     """The targeting fields that all types have, as a spec's arguments."""
     return {
-        "targets": config["target_modules"],
+        "targets": config["target_modules"] or (),
         "exclude": config["exclude_modules"] or (),
         "modules_to_save": config["modules_to_save"] or (),
     }

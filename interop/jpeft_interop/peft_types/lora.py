@@ -18,6 +18,7 @@ from jpeft_interop.peft_types.fields import (
     Field,
     PeftType,
     is_count,
+    is_names,
     is_number,
     listed,
     object_of,
@@ -86,6 +87,8 @@ FIELDS: dict[str, Field] = SHARED | {
     "lora_bias": BOOL,
     "r": COUNT,
     "rank_pattern": (object_of(is_count), "an object of integers >= 0"),
+    "target_modules": MAYBE_NAMES,
+    "target_parameters": (lambda value: value is None or is_names(value), "a list of strings or null"),
     "use_dora": BOOL,
     "use_rslora": BOOL,
 }
@@ -97,7 +100,6 @@ REFUSED = (
     "layer_replication",
     "megatron_config",
     "monteclora_config",
-    "target_parameters",
     "trainable_token_indices",
     "use_bdlora",
     "use_qalora",
@@ -121,6 +123,8 @@ HARMLESS_INITS = (True, False, "gaussian", "orthogonal", "eva")
 
 
 def _check(config: Config) -> str | None:
+    if config["target_modules"] is None and not config["target_parameters"]:
+        return "'target_modules' must be a string or a list of strings, where there are no 'target_parameters'"
     start = config["init_lora_weights"]
     if start in HARMLESS_INITS:
         return None
