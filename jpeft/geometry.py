@@ -95,22 +95,25 @@ def _geometry(shape: tuple[int, ...], uses: list[Use], head: bool) -> Kernel | s
             found = f"{first.equation} contracts {axes[0]}, {use.equation} {other and other[0]}"
             return f"has uses of different geometry: {found}"
     kind = "embedding" if lookups else "conv" if first.how == "conv" else "product"
-    contracted, output, batch = axes
+    contracted, output, batch, experts = axes
     if not contracted or not output:
         return f"is a vector to {first.equation}: contracted {contracted}, output {output}"
     met = tuple(use.how if use.roles is not None else use.equation for use in uses)
-    return Kernel(shape, contracted, output, batch, kind, first.groups, head, met)
+    return Kernel(shape, contracted, output, batch, kind, first.groups, head, met, experts)
 
 
-def _axes(use: Use) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]] | None:
-    """Contracted, output and batch axes of the original weight; None if a use divides an axis between roles."""
+def _axes(use: Use) -> tuple[tuple[int, ...], ...] | None:
+    """Contracted, output and batch axes of the original weight, and which of the last are the product's own.
+
+    None if a use divides an axis between roles.
+    """
     assert use.view is not None and use.roles is not None
     contracted, output, batch = ({atom.axis for atom in use.view.atoms(dimensions)} for dimensions in use.roles)
     whole = all(_size(use.view, atom.axis) == use.shape[atom.axis] for atom in use.view.all_atoms)
     if not whole or contracted & output or contracted & batch or output & batch:
         return None
     consumed = set(range(len(use.shape))) - contracted - output - batch
-    return tuple(sorted(contracted)), tuple(sorted(output)), tuple(sorted(batch | consumed))
+    return tuple(sorted(contracted)), tuple(sorted(output)), tuple(sorted(batch | consumed)), tuple(sorted(batch))
 
 
 def _size(view: View, axis: int) -> int:

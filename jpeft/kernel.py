@@ -30,6 +30,8 @@ class Kernel:
       groups: `feature_group_count` of a convolution.
       head: the product is the model's output: `all-linear` leaves it alone.
       uses: what the weight meets in the program, one word a use, in the order met.
+      experts: those of the batch axes that a single product goes over, other rows for each index; the rest are layers,
+        one index at a time.
     """
 
     shape: tuple[int, ...]
@@ -40,6 +42,7 @@ class Kernel:
     groups: int = 1
     head: bool = False
     uses: tuple[str, ...] = ()
+    experts: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         groups = (self.batch, self.contracted, self.output)
@@ -49,6 +52,8 @@ class Kernel:
                 f"axes of a weight of shape {self.shape}: each must be contracted, output or batch, exactly once, in "
                 f"ascending order; found contracted {self.contracted}, output {self.output}, batch {self.batch}"
             )
+        if not set(self.experts) <= set(self.batch):
+            raise KernelError(f"experts {self.experts} must be some of the batch axes; found {self.batch}")
 
     def sizes(self, axes: tuple[int, ...]) -> tuple[int, ...]:
         """How long these axes are."""

@@ -27,14 +27,29 @@ class Product(Protocol):
         ...
 
 
-class Lookup(Protocol):
-    """The method inside an embedding's lookup or a convolution.
+class Meeting(NamedTuple):
+    """How a use of a weight that is no product of matrices takes what stands in the weight's place.
 
-    `take(A)` are the rows of A (in, r) that the model takes of its table, or A convolved with the input, (..., r); `y`
-    (..., out) is what the frozen weight gives, and `w()` the weight itself (in, out). Returns the adapted result.
+    Attributes:
+      take: `A (*batch, in, r) -> (..., r)`: the rows of A that the model looks up in its table, A convolved with the
+        input, or each row of the input times the A of its own expert.
+      then: `h (..., r), B (*batch, r, out) -> (..., out)`: each row times its own B.
+      each: `v (*batch, n) -> ` each row's own v, which multiplies (..., n).
     """
 
-    def __call__(self, take: Callable[[Array], Array], y: Array, w: Weights, leaves: Leaves) -> Array:
+    take: Callable[[Array], Array]
+    then: Callable[[Array, Array], Array]
+    each: Callable[[Array], Array]
+
+
+class Lookup(Protocol):
+    """The method inside an embedding's lookup, a convolution, or a product whose rows are sorted by expert.
+
+    `y` (..., out) is what the frozen weight gives, and `w()` the weight itself (*batch, in, out); only experts have
+    batch axes here. Returns the adapted result.
+    """
+
+    def __call__(self, meeting: Meeting, y: Array, w: Weights, leaves: Leaves) -> Array:
         """The adapted result."""
         ...
 
@@ -70,7 +85,7 @@ class Method(NamedTuple):
       weighted: `(leaves, weight) -> leaves` with `weight * ΔW`; goes with `delta`.
       product: the fast path through a product; None (without `scales`) leaves the dense weight.
       transposed: the leaves of the same adapter on `Wᵀ`; None where such a product has to be dense.
-      lookup: the fast path through an embedding's lookup or a convolution.
+      lookup: the fast path through an embedding's lookup, a convolution, or a product of rows sorted by expert.
       bias: `leaves -> (*batch, out)`, what is added to the layer's result, or None.
       scales: of a method that only scales the input and the result, the layer's bias included.
       penalty: `[leaves of each site] -> scalar`, what the method adds to the loss, or None.

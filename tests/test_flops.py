@@ -8,7 +8,7 @@ import pytest
 
 import jpeft
 
-N, D, R, LAYERS = 256, 512, 8, 3
+N, D, R, LAYERS, EXPERTS = 256, 512, 8, 3, 4
 X = jax.ShapeDtypeStruct((N, D), jnp.float32)
 
 
@@ -26,10 +26,18 @@ def remat(p, x):
     return jax.lax.scan(jax.checkpoint(lambda x, w: (x @ w, None)), x, p["stack"])[0]
 
 
+def routed(p, x):
+    """Rows sorted by expert."""
+    for name in sorted(p):
+        x = jax.lax.ragged_dot(x, p[name], jnp.full(EXPERTS, N // EXPERTS))
+    return x
+
+
 SHAPES = {
     unrolled: {f"w{i}": jax.ShapeDtypeStruct((D, D), jnp.float32) for i in range(LAYERS)},
     scanned: {"stack": jax.ShapeDtypeStruct((LAYERS, D, D), jnp.float32)},
     remat: {"stack": jax.ShapeDtypeStruct((LAYERS, D, D), jnp.float32)},
+    routed: {f"w{i}": jax.ShapeDtypeStruct((EXPERTS, D, D), jnp.float32) for i in range(LAYERS)},
 }
 
 
@@ -57,7 +65,7 @@ def test_flops_of_the_compiled_step(mode):
     assert flops(dense) > 1.15 * (FLOOR + LAYERS * N * D * D)
 
 
-@pytest.mark.parametrize("fn", [unrolled, scanned, remat])
+@pytest.mark.parametrize("fn", [unrolled, scanned, remat, routed])
 def test_no_product_of_the_size_of_the_base(fn):
     """The weight's own gradient is never formed, under scan or not; the definition forms it."""
     (fast, forward, dense), shapes = steps(fn)
@@ -72,6 +80,14 @@ def test_flops_under_scan():
     total = sum(flops for _, flops in products(jax.make_jaxpr(fast)(*shapes).jaxpr))
     whole_input = 2 * N * D * (D + R)  # inside a scan, the first layer is like the others
     assert total == pytest.approx(FLOOR + BRANCH + whole_input, rel=0.02)
+
+
+def test_flops_of_experts():
+    """Each row meets its own expert's matrices alone; the definition forms every expert's."""
+    (fast, _, dense), shapes = steps(routed)
+    total = lambda step: sum(flops for _, flops in products(jax.make_jaxpr(step)(*shapes).jaxpr))
+    assert total(fast) == pytest.approx(FLOOR + BRANCH, rel=0.02)
+    assert total(dense) > 1.15 * (FLOOR + LAYERS * N * D * D)
 
 
 @pytest.mark.parametrize("fn", [unrolled, scanned, remat])
@@ -90,13 +106,20 @@ def rows(n, shapes):
 
 
 def products(jaxpr, times=1):
-    """The result's shape and the flops of each `dot_general` of a program, those in loops as often as they run."""
+    """The result's shape and the flops of each product of a program, those in loops as often as they run."""
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "dot_general":
             (contracted, _), _ = eqn.params["dimension_numbers"]
             shape = eqn.outvars[0].aval.shape
             depth = math.prod(eqn.invars[0].aval.shape[axis] for axis in contracted)
             yield shape, times * 2 * math.prod(shape) * depth
+        if eqn.primitive.name == "ragged_dot_general":
+            numbers = eqn.params["ragged_dot_dimension_numbers"]
+            (_, contracted), (_, batch) = numbers.dot_dimension_numbers
+            rows, weight = (operand.aval.shape for operand in eqn.invars[:2])
+            others = {*contracted, *batch, *numbers.rhs_group_dimensions}
+            columns = math.prod(size for axis, size in enumerate(weight) if axis not in others)
+            yield eqn.outvars[0].aval.shape, times * 2 * math.prod(rows) * columns
         for inner in inner_programs(eqn):
             yield from products(inner, times * eqn.params.get("length", 1))
 

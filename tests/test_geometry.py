@@ -38,6 +38,9 @@ AXES = {
     ("linen_dense", "up/kernel"): ((0,), (1,), ()),
     ("linen_scan", "layers/mlp/up/kernel"): ((1,), (2,), (0,)),
     ("linen_scan_axis_1", "layers/mlp/up/kernel"): ((0,), (2,), (1,)),
+    ("linen_scan_axis_1_heads", "layers/query/kernel"): ((0,), (2, 3), (1,)),
+    ("linen_scan_axis_1_heads", "layers/out/kernel"): ((0, 2), (3,), (1,)),
+    ("linen_shared_in_scan", "layer/mlp/dense/kernel"): ((0,), (1,), ()),
     ("linen_tied", "embed/embedding"): ((0,), (1,), ()),
     ("linen_attention", "query/kernel"): ((0,), (1, 2), ()),
     ("linen_attention", "out/kernel"): ((0, 1), (2,), ()),
@@ -47,14 +50,30 @@ AXES = {
     ("linen_conv_grouped", "kernel"): ((0, 1), (2,), ()),
     ("linen_experts", "down/kernel"): ((1,), (2,), (0,)),
     ("nnx_scan", "layers/up/kernel"): ((1,), (2,), (0,)),
+    ("nnx_scan_axis_1", "layers/up/kernel"): ((0,), (2,), (1,)),
+    ("nnx_shared", "first/kernel"): ((0,), (1,), ()),
+    ("nnx_shared", "layers/down/kernel"): ((1,), (2,), (0,)),
     ("einsum_attention", "o"): ((0, 1), (2,), ()),
     ("gemma_attention", "kv"): ((2,), (0, 1, 3), ()),
     ("gemma_attention", "q"): ((1,), (0, 2), ()),
+    ("gemma_gating", "gating"): ((1,), (0, 2), ()),
+    ("gemma_gating", "transposed"): ((2,), (0, 1), ()),
+    ("gemma_gating", "sliced"): ((1,), (2,), (0,)),
+    ("grouped_attention", "q"): ((0,), (1, 2, 3), ()),
+    ("grouped_attention", "attn_vec"): ((0, 1, 2), (3,), ()),
     ("fused_kv_by_slices", "kv"): ((2,), (1, 3), (0,)),
     ("experts_batched", "up"): ((1,), (2,), (0,)),
     ("experts_all", "up"): ((1,), (0, 2), ()),
     ("experts_transposed", "up"): ((0,), (2,), (1,)),
     ("batches_joined", "up"): ((2,), (3,), (0, 1)),
+    ("experts_ragged", "up"): ((1,), (2,), (0,)),
+    ("experts_ragged", "router"): ((0,), (1,), ()),
+    ("experts_ragged_swapped", "up"): ((2,), (1,), (0,)),
+    ("experts_ragged_swapped", "down"): ((2,), (1,), (0,)),
+    ("experts_ragged_moved", "w"): ((0,), (2, 3), (1,)),
+    ("experts_ragged_scanned", "up"): ((2,), (3,), (0, 1)),
+    ("experts_ragged_vmapped", "w"): ((2,), (3,), (0, 1)),
+    ("experts_ragged_rows", "down"): ((1,), (2,), (0,)),
     ("transposed", "w"): ((1,), (0,), ()),
     ("transposed", "square"): ((1,), (0,), ()),
     ("square", "w"): ((0,), (1,), ()),
@@ -79,6 +98,29 @@ AXES = {
 def test_axes(name, path):
     kernel = zoo.get(name).found[path]
     assert (kernel.contracted, kernel.output, kernel.batch) == AXES[name, path]
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "experts"),
+    [
+        ("linen_experts", "down/kernel", (0,)),
+        ("experts_transposed", "up", (1,)),
+        ("experts_ragged_moved", "w", (1,)),
+        ("experts_ragged_scanned", "up", (0,)),
+        ("experts_all", "up", ()),
+        ("scan_of_scan", "w", ()),
+        ("nnx_scan", "layers/up/kernel", ()),
+        ("stacked_by_hand", "v", ()),
+    ],
+)
+def test_experts_are_told_from_layers(name, path, experts):
+    """A product goes over experts; layers are scanned, or taken one by one."""
+    assert zoo.get(name).found[path].experts == experts
+
+
+def test_experts_are_batch_axes():
+    with pytest.raises(jpeft.KernelError, match=r"experts \(1,\) must be some of the batch axes; found \(0,\)"):
+        jpeft.Kernel((2, 3, 4), (1,), (2,), (0,), experts=(1,))
 
 
 @pytest.mark.parametrize(

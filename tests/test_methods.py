@@ -24,6 +24,8 @@ CASES = [
     "einsum_attention",
     "gemma_attention",
     "experts_batched",
+    "experts_ragged_moved",
+    "experts_ragged_vmapped",
     "transposed",
     "square",
 ]

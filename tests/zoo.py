@@ -196,6 +196,42 @@ def linen_shared() -> Case:
     return linen(Shared(), X, "dense/kernel")
 
 
+class Repeated(nn.Module):
+    """One layer, again and again: its weights are broadcast to every turn of the scan, and used once more after it."""
+
+    @nn.compact
+    def __call__(self, x):
+        scan = nn.scan(Step, variable_broadcast="params", split_rngs={"params": False}, length=2)
+        layer = scan(Shared, name="layer")
+        return layer(layer(x, None)[0], None)[0]
+
+
+@case
+def linen_shared_in_scan() -> Case:
+    return linen(Repeated(), X, "layer/mlp/dense/kernel")
+
+
+class HeadsStep(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        y = jnp.tanh(nn.DenseGeneral((HEADS, HEAD), use_bias=False, name="query")(x))
+        return x + jnp.tanh(nn.DenseGeneral(D, axis=(-2, -1), use_bias=False, name="out")(y)), None
+
+
+class HeadsStack(nn.Module):
+    """Stacked on axis 1 of every kernel: (d, layers, heads, head_dim) and (heads, layers, head_dim, d)."""
+
+    @nn.compact
+    def __call__(self, x):
+        scan = nn.scan(HeadsStep, variable_axes={"params": 1}, split_rngs={"params": True}, length=LAYERS)
+        return scan(name="layers")(x, None)[0]
+
+
+@case
+def linen_scan_axis_1_heads() -> Case:
+    return linen(HeadsStack(), X, "layers/query/kernel", "layers/out/kernel")
+
+
 class Tied(nn.Module):
     @nn.compact
     def __call__(self, tokens):
@@ -343,16 +379,42 @@ def nnx_pure_dict() -> Case:
 
 
 class NnxScan(nnx.Module):
-    def __init__(self, rngs: nnx.Rngs):
-        self.layers = nnx.vmap(NnxMlp, in_axes=0, out_axes=0)(rngs.split(LAYERS))
+    def __init__(self, rngs: nnx.Rngs, axis: int = 0):
+        self.layers = nnx.vmap(NnxMlp, in_axes=0, out_axes=axis)(rngs.split(LAYERS))
+        self.axis = axis
 
     def __call__(self, x):
-        return nnx.scan(lambda x, layer: x + layer(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(x, self.layers)
+        scan = nnx.scan(lambda x, layer: x + layer(x), in_axes=(nnx.Carry, self.axis), out_axes=nnx.Carry)
+        return scan(x, self.layers)
 
 
 @case
 def nnx_scan() -> Case:
     return of_nnx(NnxScan, X, "layers/up/kernel", "layers/down/kernel")
+
+
+@case
+def nnx_scan_axis_1() -> Case:
+    return of_nnx(lambda rngs: NnxScan(rngs, 1), X, "layers/up/kernel", "layers/down/kernel")
+
+
+class NnxShared(nnx.Module):
+    """One layer in two places, under two names; and in every turn of a scan, beside the layers of the stack."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.first = nnx.Linear(D, D, rngs=rngs)
+        self.second = self.first
+        self.layers = nnx.vmap(NnxMlp, in_axes=0, out_axes=0)(rngs.split(LAYERS))
+
+    def __call__(self, x):
+        x = jnp.tanh(self.second(jnp.tanh(self.first(x))))
+        step = lambda x, shared, layer: x + layer(jnp.tanh(shared(x)))
+        return nnx.scan(step, in_axes=(nnx.Carry, None, 0), out_axes=nnx.Carry)(x, self.first, self.layers)
+
+
+@case
+def nnx_shared() -> Case:
+    return of_nnx(NnxShared, X, "first/kernel", "layers/up/kernel", "layers/down/kernel")
 
 
 @case
@@ -427,6 +489,35 @@ def gemma_attention() -> Case:
 
 
 @case
+def gemma_gating() -> Case:
+    """Fused gate and up (2, d, f), one product whose first axis comes out; the same stored (2, f, d), and sliced."""
+
+    def fn(p, x):
+        gate, up = jnp.einsum("bsd,cdf->cbsf", x, p["gating"])
+        x = jnp.tanh(jax.nn.gelu(gate) * up @ p["linear"])
+        gate, up = jnp.einsum("bsd,cfd->cbsf", x, p["transposed"])
+        x = jnp.tanh(jax.nn.gelu(gate) * up @ p["linear"])
+        return jnp.tanh(jax.nn.gelu(x @ p["sliced"][0]) * (x @ p["sliced"][1]))
+
+    wide = {"gating": normal(2, D, FF, seed=1), "transposed": normal(2, FF, D, seed=2), "sliced": normal(2, D, FF)}
+    return plain(fn, linear=normal(FF, D, seed=3), **wide)
+
+
+@case
+def grouped_attention() -> Case:
+    """Queries in groups, one for each key: (d, kv, groups, head_dim), and back by (kv, groups, head_dim, d)."""
+
+    def fn(p, x):
+        q = jnp.einsum("btd,dkgh->btkgh", x, p["q"])
+        k, v = (jnp.einsum("bsd,dkh->bskh", x, p[name]) for name in "kv")
+        mixed = jnp.einsum("bkgts,bskh->btkgh", jax.nn.softmax(jnp.einsum("btkgh,bskh->bkgts", q, k)), v)
+        return jnp.tanh(jnp.einsum("btkgh,kghd->btd", mixed, p["attn_vec"]))
+
+    one = {name: normal(D, 2, HEAD, seed=seed) for seed, name in enumerate("kv")}
+    return plain(fn, q=normal(D, 2, 3, HEAD, seed=3), attn_vec=normal(2, 3, HEAD, D, seed=4), **one)
+
+
+@case
 def fused_kv_by_slices() -> Case:
     def fn(p, x):
         k, v = (jnp.einsum("bsd,kdh->bskh", x, p["kv"][i]) for i in range(2))
@@ -467,6 +558,88 @@ def batches_joined() -> Case:
         return jnp.tanh(y), jnp.tanh(jnp.einsum("abtd,abdf->abtf", y, p["up"]))
 
     return plain(fn, up=normal(2, 2, D, FF, seed=1), down=normal(2, 2, FF, D, seed=2))
+
+
+# ---- plain functions: experts with sorted tokens ----
+
+SIZES = np.int32([2, 0, 3, 1])
+E = len(SIZES)
+
+
+def experts(x: jax.Array, up: jax.Array, down: jax.Array, sizes: Any = SIZES) -> jax.Array:
+    """A feed-forward layer of experts on tokens sorted by expert."""
+    return jnp.tanh(jax.lax.ragged_dot(jax.nn.silu(jax.lax.ragged_dot(x, up, sizes)), down, sizes))
+
+
+@case
+def experts_ragged() -> Case:
+    """Tokens sorted by a router, and back in their order afterwards."""
+
+    def fn(p, x):
+        x = x.reshape(6, D)
+        gates = jax.nn.softmax(x @ p["router"])
+        chosen = jnp.argmax(gates, -1)
+        order = jnp.argsort(chosen)
+        y = experts(x[order], p["up"], p["down"], jnp.bincount(chosen, length=E))
+        return y[jnp.argsort(order)] * gates.max(-1, keepdims=True)
+
+    return plain(fn, up=normal(E, D, FF, seed=1), down=normal(E, FF, D, seed=2), router=normal(D, E, seed=3))
+
+
+@case
+def experts_ragged_swapped() -> Case:
+    """Stored (experts, out, in), swapped before the product; and contracted along the last axis by the product."""
+
+    def fn(p, x):
+        hidden = jnp.tanh(jax.lax.ragged_dot(x.reshape(6, D), p["up"].swapaxes(1, 2), SIZES))
+        last = jax.lax.RaggedDotDimensionNumbers((((1,), (2,)), ((), ())), (0,), (0,))
+        return jnp.tanh(jax.lax.ragged_dot_general(hidden, p["down"], SIZES, last))
+
+    return plain(fn, up=normal(E, FF, D, seed=1), down=normal(E, D, FF, seed=2))
+
+
+@case
+def experts_ragged_moved() -> Case:
+    """(in, experts, heads, head_dim), joined and reordered on its way; the last rows belong to no expert."""
+
+    def fn(p, x):
+        w = p["w"].reshape(D, E, HEADS * HEAD).transpose(1, 0, 2)
+        return jnp.tanh(jax.lax.ragged_dot(x.reshape(6, D), w, jnp.array([1, 2, 0, 2])))
+
+    return plain(fn, w=normal(D, E, HEADS, HEAD, seed=1))
+
+
+@case
+def experts_ragged_scanned() -> Case:
+    """Layers of experts, stacked on axis 1 as MaxText does, under scan, remat and jit."""
+    weights = {"up": normal(E, LAYERS, D, FF, seed=1), "down": normal(E, LAYERS, FF, D, seed=2)}
+    layer = jax.checkpoint(jax.jit(lambda x, w: (x + experts(x, w["up"], w["down"]), None)))
+
+    def fn(p, x):
+        stacked = jax.tree.map(lambda w: jnp.moveaxis(w, 1, 0), p)
+        return jnp.tanh(jax.lax.scan(layer, x.reshape(6, D), stacked)[0])
+
+    return plain(fn, **weights)
+
+
+@case
+def experts_ragged_vmapped() -> Case:
+    """Each example with its own experts and its own groups: a product with a batch axis besides."""
+    sizes = jnp.array([[1, 2], [3, 0]])
+    fn = lambda p, x: jnp.tanh(jax.vmap(jax.lax.ragged_dot)(x, p["w"], sizes))
+    return plain(fn, w=normal(2, 2, D, FF, seed=1))
+
+
+@case
+def experts_ragged_rows() -> Case:
+    """Rows of several axes, of which a later one is in groups: each batch entry has its own or all the same."""
+
+    def fn(p, x):
+        numbers = jax.lax.RaggedDotDimensionNumbers((((2,), (1,)), ((), ())), (1,), (0,))
+        hidden = jnp.tanh(jax.lax.ragged_dot_general(x, p["up"], jnp.array([[1, 2], [0, 3]]), numbers))
+        return jnp.tanh(jax.lax.ragged_dot_general(hidden, p["down"], jnp.array([2, 1]), numbers))
+
+    return plain(fn, up=normal(2, D, FF, seed=1), down=normal(2, FF, D, seed=2))
 
 
 # ---- plain functions: the way to the product ----

@@ -9,7 +9,7 @@ arXiv:2303.10512. s is PEFT's: by the rank at the start, whatever is pruned. `jp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -19,7 +19,7 @@ import numpy as np
 from jax import Array
 
 from jpeft.kernel import Kernel
-from jpeft.method import Leaves, Method, Weights
+from jpeft.method import Leaves, Meeting, Method, Weights
 from jpeft.methods import lora
 from jpeft.site import Site
 from jpeft.spec import Spec, names_of
@@ -156,9 +156,9 @@ def product(x: Array, y: Array, w: Weights, leaves: Leaves, *, forward_mode: boo
     return lora.product(x, y, w, as_lora(leaves), forward_mode=forward_mode)
 
 
-def lookup(take: Callable[[Array], Array], y: Array, w: Weights, leaves: Leaves) -> Array:
+def lookup(meeting: Meeting, y: Array, w: Weights, leaves: Leaves) -> Array:
     """As LoRA's."""
-    return lora.lookup(take, y, w, as_lora(leaves))
+    return lora.lookup(meeting, y, w, as_lora(leaves))
 
 
 def penalty(group: Sequence[Leaves]) -> Array:

@@ -12,7 +12,6 @@ The fast path never forms V: y = m / ‖V‖ (x W + s x A B), where column by co
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,7 +20,7 @@ from jax import Array
 
 from jpeft.errors import KernelError
 from jpeft.kernel import Kernel, to_matrix, wide
-from jpeft.method import Leaves, Method, Weights
+from jpeft.method import Leaves, Meeting, Method, Weights
 from jpeft.methods import lora
 from jpeft.site import Site
 
@@ -104,10 +103,10 @@ def product(x: Array, y: Array, w: Weights, leaves: Leaves, *, forward_mode: boo
     return ((wide(y) + wide(branch)) * _factored_gain(w, leaves)[..., None, :]).astype(y.dtype)
 
 
-def lookup(take: Callable[[Array], Array], y: Array, w: Weights, leaves: Leaves) -> Array:
-    """The same for rows of an embedding, and for a convolution."""
-    gain = _factored_gain(w, leaves).reshape(*[1] * (y.ndim - 1), -1)
-    return ((wide(y) + wide(lora.looked_up(take, leaves))) * gain).astype(y.dtype)
+def lookup(meeting: Meeting, y: Array, w: Weights, leaves: Leaves) -> Array:
+    """The same for rows of an embedding, for a convolution, and for experts."""
+    gain = meeting.each(_factored_gain(w, leaves))
+    return ((wide(y) + wide(lora.looked_up(meeting, leaves))) * gain).astype(y.dtype)
 
 
 METHOD = Method(transform, matrices, init=init, constant=constant, product=product, lookup=lookup)

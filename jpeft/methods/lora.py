@@ -10,7 +10,6 @@ their A and B are these, transposed.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -21,7 +20,7 @@ from jax import Array
 
 from jpeft.kernel import Kernel
 from jpeft.low_rank import low_rank, low_rank_plain
-from jpeft.method import Leaves, Method, Site, Weights
+from jpeft.method import Leaves, Meeting, Method, Site, Weights
 from jpeft.spec import Spec, names_of
 from jpeft.targets import Patterns, frozen_mapping, pattern_value
 from jpeft.tree import module_of
@@ -193,14 +192,14 @@ def transposed(leaves: Leaves) -> Leaves:
     return leaves | {"a": leaves["b"].mT, "b": leaves["a"].mT}
 
 
-def lookup(take: Callable[[Array], Array], y: Array, w: Weights, leaves: Leaves) -> Array:
+def lookup(meeting: Meeting, y: Array, w: Weights, leaves: Leaves) -> Array:
     """Row i of s A B is s A[i] B; a convolution with s A B is one with A, then B at each point."""
-    return y + looked_up(take, leaves).astype(y.dtype)
+    return y + looked_up(meeting, leaves).astype(y.dtype)
 
 
-def looked_up(take: Callable[[Array], Array], leaves: Leaves) -> Array:
+def looked_up(meeting: Meeting, leaves: Leaves) -> Array:
     """What `lookup` adds, in the factors' dtype."""
-    return _scaling(leaves) * (take(leaves["a"]) @ leaves["b"])
+    return meeting.each(_scaling(leaves)[..., None]) * meeting.then(meeting.take(leaves["a"]), leaves["b"])
 
 
 def bias(leaves: Leaves) -> Array | None:

@@ -9,7 +9,7 @@ arXiv:2402.07148) and one adapter an example both are this. No single weight doe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from jax import Array
 from jpeft.errors import LiftError, SpecError
 from jpeft.kernel import Kernel
 from jpeft.low_rank import gated_low_rank
-from jpeft.method import Leaves, Method, Weights
+from jpeft.method import Leaves, Meeting, Method, Weights
 from jpeft.methods import adalora
 from jpeft.site import Site
 
@@ -73,11 +73,11 @@ def product(x: Array, y: Array, w: Weights, leaves: Leaves, *, forward_mode: boo
     return y + (branch + gates @ leaves["bias"] if "bias" in leaves else branch).astype(y.dtype)
 
 
-def lookup(take: Callable[[Array], Array], y: Array, w: Weights, leaves: Leaves) -> Array:
+def lookup(meeting: Meeting, y: Array, w: Weights, leaves: Leaves) -> Array:
     """The same for rows of an embedding, and for a convolution; `gates` (..., K) go with `take(A)` (..., R)."""
-    gates = leaves["gates"].astype(leaves["a"].dtype)
-    branch = (take(leaves["a"]) * (gates @ leaves["share"])) @ leaves["b"]
-    return y + (branch + gates @ leaves["bias"] if "bias" in leaves else branch).astype(y.dtype)
+    gates, then = leaves["gates"].astype(leaves["a"].dtype), meeting.then
+    branch = then(meeting.take(leaves["a"]) * then(gates, leaves["share"]), leaves["b"])
+    return y + (branch + then(gates, leaves["bias"]) if "bias" in leaves else branch).astype(y.dtype)
 
 
 def transposed(leaves: Leaves) -> Leaves:

@@ -18,7 +18,7 @@ from jax.extend.core import JaxprEqn
 
 from jpeft.gates import aligned
 from jpeft.kernel import wide
-from jpeft.method import Weights
+from jpeft.method import Meeting, Method, Weights
 from jpeft.methods import METHODS
 from jpeft.rewrite.program import Program, Result, Use, bind
 from jpeft.rewrite.rows import Dims, Roles, Rows
@@ -27,7 +27,7 @@ from jpeft.together import summed
 from jpeft.view import covers, from_original
 
 Outs = Sequence[Any] | None
-Take = Callable[[Array], Array]
+Met = Sequence[tuple[Branch, Meeting]]
 
 
 def dot_general(program: Program, eqn: JaxprEqn, values: Sequence[Any]) -> Outs:
@@ -41,7 +41,7 @@ def dot_general(program: Program, eqn: JaxprEqn, values: Sequence[Any]) -> Outs:
     if program.watch:
         program.uses.append(use)
         return [Result(bind(eqn, [x, weight.value][:: 1 if side else -1])[0], weight.path)]
-    branches = _oriented(weight, dims)
+    branches = oriented(weight, dims, lambda method: method.product is not None)
     if branches is None:
         return program.dense(eqn, values, "the product contracts other axes than the adapter's")
     program.uses.append(use)
@@ -49,8 +49,11 @@ def dot_general(program: Program, eqn: JaxprEqn, values: Sequence[Any]) -> Outs:
     return [_product(program, x, base, replace(weight, branches=branches), dims)]
 
 
-def _oriented(weight: Weight, dims: Dims) -> tuple[Branch, ...] | None:
-    """The branches for the product at hand: as they are, transposed for `x Wᵀ`, or None if neither fits."""
+def oriented(weight: Weight, dims: Dims, acts: Callable[[Method], bool]) -> tuple[Branch, ...] | None:
+    """The branches for the product at hand: as they are, transposed for `x Wᵀ`, or None if neither fits.
+
+    `acts` says which methods have a form for it, besides those that only scale.
+    """
     view, kernel = weight.view, weight.kernel
     batch = view.atoms(dims.w_batch)
     if not weight.is_whole or [a.axis for a in batch if a.size > 1] != [a for a in weight.batch if kernel.shape[a] > 1]:
@@ -58,7 +61,9 @@ def _oriented(weight: Weight, dims: Dims) -> tuple[Branch, ...] | None:
     branches = tuple(branch for branch in weight.branches if branch.use in (None, "product"))
     methods = [METHODS[branch.method] for branch in branches]
     contracted = view.atoms(dims.w_contract)
-    if covers(contracted, kernel.contracted, kernel.shape) and all(m.product or m.scales for m in methods):
+    if not all(acts(method) or method.scales for method in methods):
+        return None
+    if covers(contracted, kernel.contracted, kernel.shape):
         return branches if kernel.fan_in > 1 or not covers(contracted, kernel.output, kernel.shape) else None
     if covers(contracted, kernel.output, kernel.shape) and all(m.transposed for m in methods):
         return tuple(_transposed(branch) for branch in branches)
@@ -74,13 +79,12 @@ def _transposed(branch: Branch) -> Branch:
 def _product(program: Program, x: Array, base: Callable[[Array], Array], weight: Weight, dims: Dims) -> Array:
     """The methods' product on matrices, put back where the equation has its result."""
     rows = Rows.of(x, weight, dims)
-    branches = [_with_gates(branch, rows, weight.path) for branch in _batched(weight, rows.batch_shape)]
+    branches = [_with_gates(branch, rows, weight.path) for branch in batched(weight, rows.batch_shape)]
     scales = [METHODS[b.method].scales(b.leaves) for b in branches if METHODS[b.method].scales]  # pyright: ignore
     matrix = rows.x_to_matrix(x)
     scaled = _scaled(matrix, [scale.in_ for scale in scales])
     out = rows.y_to_matrix(base(x if scaled is matrix else rows.x_from_matrix(scaled)))
-    w = lambda: weight.to_matrix(weight.value).reshape(*rows.batch_shape, weight.kernel.fan_in, -1)
-    out = _summed(program, scaled, out, w, branches)
+    out = _summed(program, scaled, out, matrices_of(weight, rows.batch_shape), branches)
     return rows.y_from_matrix(_scaled(out, [scale.out for scale in scales]))
 
 
@@ -100,7 +104,12 @@ def _with_gates(branch: Branch, rows: Rows, path: str) -> Branch:
     return replace(branch, leaves=branch.leaves | {"gates": gates})
 
 
-def _batched(weight: Weight, batch_shape: tuple[int, ...]) -> tuple[Branch, ...]:
+def matrices_of(weight: Weight, batch_shape: tuple[int, ...]) -> Weights:
+    """The frozen weight as matrices (*batch, in, out), formed where they are asked for."""
+    return lambda: weight.to_matrix(weight.value).reshape(*batch_shape, weight.kernel.fan_in, -1)
+
+
+def batched(weight: Weight, batch_shape: tuple[int, ...]) -> tuple[Branch, ...]:
     """The branches with the product's batch axes, where a reshape has joined, added or dropped some (of size one)."""
     return jax.tree.map(lambda leaf: leaf.reshape(*batch_shape, *leaf.shape[len(weight.batch) :]), weight.branches)
 
@@ -109,7 +118,7 @@ def _summed(program: Program, x: Array, y: Array, w: Weights, branches: Sequence
     """The frozen product's result and what the branches make of it."""
 
     def act(branch: Branch, y: Array) -> Array:
-        method, seen = METHODS[branch.method], _dropout(program, x, branch)
+        method, seen = METHODS[branch.method], dropped(program, x, branch)
         assert method.product is not None
         y = method.product(seen, y, w, branch.leaves, forward_mode=program.forward_mode)
         bias = method.bias(branch.leaves)
@@ -119,7 +128,7 @@ def _summed(program: Program, x: Array, y: Array, w: Weights, branches: Sequence
     return summed(y, [(method, act) for method, act in acts if method.product is not None])
 
 
-def _dropout(program: Program, x: Array, branch: Branch) -> Array:
+def dropped(program: Program, x: Array, branch: Branch) -> Array:
     """Inverted dropout of the branch's input; another mask for each use of a shared weight."""
     if branch.dropout_key is None:
         return x
@@ -150,7 +159,8 @@ def gather(program: Program, eqn: JaxprEqn, values: Sequence[Any]) -> Outs:
         params = eqn.params | {"slice_sizes": (1, rows.shape[1])}
         return eqn.primitive.bind(rows, *rest, **params)
 
-    return [_looked_up(weight, [(branch, take) for branch in branches], take(weight.value))]
+    y = take(weight.value)
+    return [looked_up(weight, [(branch, _meeting(take, y.ndim)) for branch in branches], y, matrices_of(weight, ()))]
 
 
 def _looks_up(branch: Branch) -> bool:
@@ -170,29 +180,29 @@ def _takes_rows(eqn: JaxprEqn, weight: Weight) -> bool:
     )
 
 
-def _looked_up(weight: Weight, takes: Sequence[tuple[Branch, Take]], y: Array) -> Array:
-    """What the frozen weight gives, (..., out), and what the branches make of it, each by its `take(A)`."""
-    w = lambda: weight.to_matrix(weight.value)
+def _meeting(take: Callable[[Array], Array], ndim: int) -> Meeting:
+    """Of one matrix, with results of so many axes."""
+    return Meeting(take, lambda h, b: h @ b, lambda v: v.reshape(*[1] * (ndim - 1), -1))
 
-    def act(branch: Branch, take: Take, y: Array) -> Array:
+
+def looked_up(weight: Weight, met: Met, y: Array, w: Weights) -> Array:
+    """What the frozen weight gives, (..., out), and what the branches make of it, each where it meets the input."""
+
+    def act(branch: Branch, meeting: Meeting, y: Array) -> Array:
         method, leaves = METHODS[branch.method], branch.leaves
         assert method.lookup is not None
         if branch.gates is not None:
             leaves = leaves | {"gates": aligned(branch.gates, 0, y.shape[:-1], weight.path)}
-        y, bias = method.lookup(take, y, w, leaves), method.bias(leaves)
-        return y if bias is None else y + _last(bias, y.ndim).astype(y.dtype)
+        y, bias = method.lookup(meeting, y, w, leaves), method.bias(leaves)
+        return y if bias is None else y + meeting.each(bias).astype(y.dtype)
 
-    acts = [(METHODS[branch.method], partial(act, branch, take)) for branch, take in takes]
+    acts = [(METHODS[branch.method], partial(act, branch, meeting)) for branch, meeting in met]
     y = summed(y, [(method, act) for method, act in acts if method.lookup is not None])
-    for method, leaves in ((METHODS[branch.method], branch.leaves) for branch, _ in takes):
-        out = method.scales(leaves).out if method.scales is not None else None
-        y = y if out is None else (wide(y) * wide(_last(out, y.ndim))).astype(y.dtype)
+    for branch, meeting in met:
+        scales = METHODS[branch.method].scales
+        out = scales(branch.leaves).out if scales is not None else None
+        y = y if out is None else (wide(y) * wide(meeting.each(out))).astype(y.dtype)
     return y
-
-
-def _last(vector: Array, ndim: int) -> Array:
-    """A vector along the last of `ndim` axes."""
-    return vector.reshape(*[1] * (ndim - 1), -1)
 
 
 def conv_general_dilated(program: Program, eqn: JaxprEqn, values: Sequence[Any]) -> Outs:
@@ -219,9 +229,10 @@ def conv_general_dilated(program: Program, eqn: JaxprEqn, values: Sequence[Any])
         return None
     program.uses.append(use)
     feature = eqn.params["dimension_numbers"].out_spec[1]
-    takes = [(branch, _conv_take(_dropout(program, x, branch), eqn, weight, roles)) for branch in weight.branches]
+    take = lambda branch: _conv_take(dropped(program, x, branch), eqn, weight, roles)
+    met = [(branch, _meeting(take(branch), x.ndim)) for branch in weight.branches]
     out = jnp.moveaxis(bind(eqn, [x, weight.value])[0], feature, -1)
-    return [jnp.moveaxis(_looked_up(weight, takes, out), -1, feature)]
+    return [jnp.moveaxis(looked_up(weight, met, out, matrices_of(weight, ())), -1, feature)]
 
 
 def _fits_conv(weight: Weight, roles: Roles) -> bool:
@@ -230,7 +241,7 @@ def _fits_conv(weight: Weight, roles: Roles) -> bool:
     return known and whole and covers(weight.view.atoms(roles[0]), weight.kernel.contracted, weight.kernel.shape)
 
 
-def _conv_take(x: Array, eqn: JaxprEqn, weight: Weight, roles: Roles) -> Take:
+def _conv_take(x: Array, eqn: JaxprEqn, weight: Weight, roles: Roles) -> Callable[[Array], Array]:
     """A convolution with A, laid out as the kernel is, r for its output; its features last."""
     contracted, (out_dim,), _ = roles
     feature = eqn.params["dimension_numbers"].out_spec[1]

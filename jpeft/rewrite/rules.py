@@ -3,7 +3,7 @@
 A rule is `(program, equation, values) -> outputs`, or None where it has no exact answer: the weight is then made dense.
 """
 
-from jpeft.rewrite import control, moves, products
+from jpeft.rewrite import control, experts, moves, products
 
 RULES = {
     "transpose": moves.transpose,
@@ -19,6 +19,7 @@ RULES = {
     "optimization_barrier": moves.barrier,
     "sharding_constraint": moves.unchanged,
     "dot_general": products.dot_general,
+    "ragged_dot_general": experts.ragged_dot,
     "gather": products.gather,
     "conv_general_dilated": products.conv_general_dilated,
     "jit": control.jit,
