@@ -61,14 +61,17 @@ MODELS = {
     "v1.1": ("T5ForConditionalGeneration", True, V11),
     "v1.1, tied": ("T5ForConditionalGeneration", False, V11),
     "untied and scaled": ("T5ForConditionalGeneration", True, {}),
-    "gated silu": ("T5ForConditionalGeneration", False, {"feed_forward_proj": "gated-silu"}),
     "other numbers": (
         "T5ForConditionalGeneration",
         False,
-        {"layer_norm_epsilon": 1e-2, "num_decoder_layers": 3, "relative_attention_num_buckets": 32},
+        {
+            "feed_forward_proj": "gated-silu",
+            "layer_norm_epsilon": 1e-2,
+            "num_decoder_layers": 3,
+            "relative_attention_num_buckets": 32,
+        },
     ),
     "encoder": ("T5EncoderModel", False, {}),
-    "encoder, gated": ("T5EncoderModel", False, V11),
 }
 
 

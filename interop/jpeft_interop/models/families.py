@@ -36,6 +36,7 @@ from jpeft_interop.models.roberta import (
 )
 from jpeft_interop.models.t5 import T5EncoderModel, T5ForConditionalGeneration, read_t5
 from jpeft_interop.models.vit import ViTForImageClassification, ViTModel, read_vit
+from jpeft_interop.models.whisper import WhisperForConditionalGeneration, WhisperModel, read_whisper
 
 
 @dataclass(frozen=True)
@@ -273,6 +274,17 @@ FAMILIES: tuple[Family, ...] = (
         ),
         buffers=("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",),
         with_head=("decoder",),
+    ),
+    Family(
+        model_type="whisper",
+        architectures=(
+            ("WhisperForConditionalGeneration", WhisperForConditionalGeneration),
+            ("WhisperModel", WhisperModel),
+        ),
+        read=read_whisper,
+        prefix="model",
+        heads=("proj_out",),
+        tied=(("model/decoder/embed_tokens/embedding", "proj_out/kernel"),),
     ),
 )
 

@@ -173,12 +173,12 @@ class MLP(nnx.Module):
 
     def __init__(self, config: T5Config, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         """The two or three projections."""
-        sizes = (config.d_model, config.d_ff)
-        wide = lambda: _linear(config, sizes, 1 / config.d_model, dtype, rngs)
+        width, inner = config.d_model, config.d_ff
+        wide = lambda: _linear(config, (width, inner), 1 / width, dtype, rngs)
         self.wi = None if config.gated else wide()
         self.wi_0 = wide() if config.gated else None
         self.wi_1 = wide() if config.gated else None
-        self.wo = _linear(config, sizes[::-1], 1 / config.d_ff, dtype, rngs)
+        self.wo = _linear(config, (inner, width), 1 / inner, dtype, rngs)
         self.act = config.act
 
     def __call__(self, x: Array) -> Array:
