@@ -61,7 +61,7 @@ FIRST = {"use_post_attn_norm": False, "use_post_ffw_norm": False, "attention_typ
 SECOND = {
     "use_post_attn_norm": True,
     "use_post_ffw_norm": True,
-    "attention_types": (LOCAL, GLOBAL, LOCAL),
+    "attention_types": (LOCAL, GLOBAL, LOCAL, GLOBAL, LOCAL),
     "final_logit_softcap": 30.0,
     "attn_logits_soft_cap": 50.0,
     "sliding_window_size": 4,

@@ -17,7 +17,7 @@ import transformers
 from dumps import SIZES, randomized, save
 from flax.traverse_util import flatten_dict
 
-# Where a class derives the head's size from the hidden one, q is square (24, 24); that of Gemma and T5 is (40, 24).
+# Where a class derives the head's size from the hidden one, q is square (24, 24); that of Gemma and T5 is (60, 24).
 LLAMA = {
     "hidden_size": SIZES.hidden,
     "num_attention_heads": SIZES.heads,
@@ -30,7 +30,7 @@ LLAMA = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-BERT = {k: v for k, v in LLAMA.items() if k != "num_key_value_heads"} | {"num_labels": 5, "type_vocab_size": 3}
+BERT = {k: v for k, v in LLAMA.items() if k != "num_key_value_heads"} | {"num_labels": 7, "type_vocab_size": 3}
 T5 = {
     "d_model": SIZES.hidden,
     "num_heads": SIZES.heads,

@@ -46,7 +46,7 @@ GEMMA = LLAMA | TIED | {"rope_theta": 10_000, "rms_norm_eps": 1e-6, "hidden_acti
 GEMMA2 = GEMMA | {"query_pre_attn_scalar": SIZES.wide_head, "sliding_window": 4}
 GEMMA3 = GEMMA2 | {"num_hidden_layers": 7, "rope_theta": THETA, "rope_local_base_freq": 10_000}
 MOE = {
-    "num_experts": 5,
+    "num_experts": 7,
     "num_experts_per_tok": 2,
     "moe_intermediate_size": SIZES.ffn,
     "norm_topk_prob": True,

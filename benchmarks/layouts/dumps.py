@@ -3,7 +3,7 @@
 A folder of
 
 - ``params.safetensors``: the JAX leaves by path, ``a/b/kernel``, as the package's own loader made them;
-- ``torch.safetensors``: the same weights by their torch names, a tied one (the head) left out;
+- ``torch.safetensors``: the same weights by their names in the torch module, a tied one (the head) left out;
 - ``config.json``: of the torch model;
 - ``logits.safetensors``: the inputs, and ``logits`` of the JAX model and ``torch_logits`` of the torch one on them;
 - ``dump.json``: who made it, the torch names tied to others, and how far the two logits are apart.
@@ -21,12 +21,12 @@ from safetensors.numpy import save_file
 class Sizes(NamedTuple):
     """The sizes of every family: pairwise different, so are the products of heads and their size."""
 
-    layers: int = 3
+    layers: int = 5
     hidden: int = 24
-    heads: int = 4
-    kv_heads: int = 2
-    head: int = 6
-    wide_head: int = 10  # where the head's size need not be hidden / heads: q has 40 outputs, k and v 20
+    heads: int = 6
+    kv_heads: int = 3
+    head: int = 4
+    wide_head: int = 10  # where the head's size need not be hidden / heads: q has 60 outputs, k and v 30
     ffn: int = 44
     vocab: int = 61
     positions: int = 32

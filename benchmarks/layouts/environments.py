@@ -22,6 +22,7 @@ PACKAGES = {
     "transformers4": ("transformers==4.57.6", "huggingface_hub==0.36.2", "tokenizers==0.22.2"),
     "tunix": ("google-tunix==0.1.7", "einops==0.8.2"),
     "gemma": ("gemma==3.3.0", "einops==0.8.2", "chex==0.1.92", "toolz==1.2.0"),
+    "maxtext": ("maxtext==0.2.5", "omegaconf==2.4.0", "antlr4-python3-runtime==4.9.3"),
 }
 ROOT = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "jpeft" / "environments"
 
@@ -58,6 +59,7 @@ def _build(folder: Path, packages: tuple[str, ...]) -> None:
         venv.create(built, with_pip=False, symlinks=True)
         _let_see_this_interpreters_packages(built)
         install = [sys.executable, "-m", "pip", "--python", built / "bin" / "python", "install", "-qq", "--no-deps"]
+        install += ["--ignore-requires-python"]  # MaxText asks for 3.12 and its model files run on 3.11
         subprocess.run([*install, *packages], check=True)
         if not folder.exists():
             shutil.move(built, folder)
