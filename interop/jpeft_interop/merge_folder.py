@@ -259,7 +259,10 @@ def _run(array: np.ndarray, adapter: jpeft.Adapter, leaf: str, beside: Beside, e
 
 def _blocks(array: np.ndarray, adapter: jpeft.Adapter) -> list[slice]:
     """Parts of the output axis that are small enough for the fp32 work on them; all of it where there is more to it."""
-    plain = all(site.method in COLUMNWISE and site.kernel.output == (array.ndim - 1,) for site in adapter.sites)
+    masked = any("mask" in leaves for leaves in adapter.constant.values())
+    plain = not masked and all(
+        site.method in COLUMNWISE and site.kernel.output == (array.ndim - 1,) for site in adapter.sites
+    )
     if array.size <= BLOCK or array.ndim != 2 or not plain:
         return [slice(None)]
     rows, width = array.shape

@@ -24,6 +24,7 @@ from jpeft_interop.layout import Layout, default_layout
 from jpeft_interop.load_peft import CONFIG, WEIGHTS
 from jpeft_interop.peft_config import PeftConfig, write_config
 from jpeft_interop.peft_keys import KEYS, PREFIX, keys_of
+from jpeft_interop.serving import Target, plain_lora, uniform
 from jpeft_interop.split import Matrix, matrices
 from jpeft_interop.target_parameters import shortest
 
@@ -39,6 +40,7 @@ def save_peft(
     layout: Layout | None = None,
     base_model: str | None = None,
     task_type: str | None = None,
+    target: Target = "peft",
 ) -> None:
     """Writes `adapter_config.json` and `adapter_model.safetensors`, moved into place whole.
 
@@ -51,6 +53,8 @@ def save_peft(
       layout: where each path of the params lies in torch, for params with other names or shapes.
       base_model: the name or path of the base that PEFT is to know it by.
       task_type: `CAUSAL_LM`, `SEQ_CLS`, … as PEFT has them.
+      target: who is to read it. `vllm` takes plain LoRA alone, of one rank and one scaling: those of single modules are
+        folded into B, and what has no such form is refused with the reason. PEFT reads that too.
 
     Raises:
       AdapterError: a value that is not finite, a path without a place in torch, or what PEFT's format cannot say.
@@ -59,8 +63,12 @@ def save_peft(
     layout = default_layout(flat) if layout is None else layout
     layout.check(flat)
     keys_of(adapter.spec)  # or there is no such method in PEFT
+    adapter = plain_lora(adapter) if target == "vllm" else adapter
     found = matrices(adapter, layout)
-    tensors = dict(_tensors(adapter, found, flat, layout))
+    if target == "vllm":
+        found, spec = uniform(found, adapter.spec)
+        adapter = adapter.replace(meta=replace(adapter.meta, spec=spec))
+    tensors = dict(_tensors(adapter, found, flat, layout, with_base=target == "peft"))
     for key, tensor in tensors.items():
         if not np.isfinite(tensor.astype(np.float32)).all():
             raise AdapterError(f"{key!r} holds values that are not finite; nothing was written")
@@ -90,7 +98,7 @@ def _check_parameters(spec: Any, parameters: set[str]) -> None:
 
 
 def _tensors(
-    adapter: Adapter, found: Sequence[Matrix], flat: Mapping[str, Any], layout: Layout
+    adapter: Adapter, found: Sequence[Matrix], flat: Mapping[str, Any], layout: Layout, with_base: bool
 ) -> Iterator[tuple[str, np.ndarray]]:
     for site in adapter.sites:
         if site.method == "replacement":
@@ -98,17 +106,19 @@ def _tensors(
         elif site.method != adapter.spec.method:
             raise AdapterError(f"{site.path!r}: {site.method!r} has no place in a PEFT file of {adapter.spec.method!r}")
     for matrix in found:
-        yield from _factors(matrix, flat, layout)
+        yield from _factors(matrix, flat, layout, with_base)
 
 
-def _factors(matrix: Matrix, flat: Mapping[str, Any], layout: Layout) -> Iterator[tuple[str, np.ndarray]]:
+def _factors(
+    matrix: Matrix, flat: Mapping[str, Any], layout: Layout, with_base: bool
+) -> Iterator[tuple[str, np.ndarray]]:
     keys, spot = KEYS[matrix.site.method], matrix.spot
     names = keys.names(spot)
     for name, tensor in keys.to_file(matrix.leaves, spot).items():
         if name not in names:
             raise AdapterError(f"{spot.module!r}: PEFT has no bias on an embedding's factors")
         yield names[name], np.ascontiguousarray(tensor)
-    if spot.module.rpartition(".")[2] in EMBEDDING_NAMES:
+    if with_base and spot.module.rpartition(".")[2] in EMBEDDING_NAMES:
         yield f"{PREFIX}{spot.module}.base_layer.weight", layout.tensor(f"{spot.module}.weight", flat)
 
 
