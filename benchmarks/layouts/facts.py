@@ -455,19 +455,19 @@ def _tensor(name: str, i: str | None, state, used: set[str]) -> np.ndarray:
 
 def tables() -> str:
     """Every family's rows in Markdown, said by what sets it apart from the nearest family of its package before it."""
-    parts: list[str] = []
-    families = list(FACTS)
-    for n, family in enumerate(families):
-        mine, package = set(FACTS[family]), family.split("/")[0]
-        like = max(
-            (f for f in families[:n] if f.startswith(package)), key=lambda f: len(mine & {*FACTS[f]}), default=None
-        )
-        theirs = set(FACTS[like]) if like and mine & set(FACTS[like]) else set()
-        without = ", ".join(f"`{fact.leaf}`" for fact in FACTS[like] if fact not in mine) if like and theirs else ""
-        own = [fact for fact in FACTS[family] if fact not in theirs]
-        base = f"As {like}{f', without {without}' if without else ''}{', and' if own else '.'}\n\n" if theirs else ""
-        parts.append(f"### {family}\n\n{base}{_table(own)}".rstrip())
-    return "\n\n".join(parts)
+    return "\n\n".join(f"### {family}\n\n{_described(family)}" for family in FACTS)
+
+
+def _described(family: str) -> str:
+    before = [each for each in list(FACTS)[: list(FACTS).index(family)] if each.split("/")[0] == family.split("/")[0]]
+    mine = [fact for fact in FACTS[family] if not re.search("layers/layers_[1-5]", fact.leaf)]  # as layers_0
+    like = max(before, key=lambda each: len({*mine} & {*FACTS[each]}), default=family)
+    lacking = [fact for fact in FACTS[like] if fact not in mine]
+    own = [fact for fact in mine if fact not in FACTS[like]]
+    if like == family or 2 * len(lacking) > len(FACTS[like]):
+        return _table(mine)
+    without = f", without {', '.join(f'`{fact.leaf}`' for fact in lacking)}" if lacking else ""
+    return f"As {like}{without}" + (f", and\n\n{_table(own)}" if own else ".")
 
 
 def _table(rows: list[Row]) -> str:
@@ -476,7 +476,7 @@ def _table(rows: list[Row]) -> str:
         done = " ".join(part for part in (f"× {fact.times}" * (fact.times != "1"), "+ 1" * fact.plus) if part)
         names = " ".join(f"`{name}`" for name in fact.names)
         lines.append(f"| `{fact.leaf}` | `{fact.axes}` | {names} | `{fact.torch_axes}` | {done} |")
-    return "\n".join(lines) if rows else ""
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
