@@ -48,6 +48,7 @@ JPEFT = (
 JPEFT_INTEROP = (
     "Layout",
     "Place",
+    "export_model",
     "generate",
     "load_adapters",
     "load_layout",

@@ -58,21 +58,21 @@ def save_model(
     where = f"the {config['architectures'][0]} of this config"
     require_same_paths(flat, shapes, where)
     require_same_shapes(flat, shapes, where)
-    config = _with_dtype(config, flat)
+    config = with_dtype(config, flat)
     known = family(config.get("model_type"))
     table = model_table(shapes, known)
-    text = _json(config)
+    text = json_of(config)
 
     def fill(fresh: Path) -> None:
         (fresh / CONFIG).write_text(text, encoding="utf-8")
         write_weights(fresh, _tensors(flat, table, known), max_shard_bytes)
-        for file in _other_files(files_from):
+        for file in other_files(files_from):
             shutil.copyfile(file, fresh / file.name)
 
     write_folder(folder, fill, replaceable=is_weights_file)
 
 
-def _with_dtype(config: dict[str, Any], flat: Mapping[str, Any]) -> dict[str, Any]:
+def with_dtype(config: dict[str, Any], flat: Mapping[str, Any]) -> dict[str, Any]:
     """The config, naming the dtype that holds all params exactly: transformers casts to it when it loads."""
     dtypes = {np.dtype(leaf.dtype) for leaf in flat.values()}
     dtype = dtypes.pop() if len(dtypes) == 1 else jnp.result_type(*dtypes)
@@ -82,7 +82,8 @@ def _with_dtype(config: dict[str, Any], flat: Mapping[str, Any]) -> dict[str, An
     return config | {name: dtype.name}
 
 
-def _json(config: Mapping[str, Any]) -> str:
+def json_of(config: Mapping[str, Any]) -> str:
+    """A config as the text of its file."""
     try:
         return json.dumps(config, indent=2, sort_keys=True, allow_nan=False) + "\n"
     except (TypeError, ValueError) as reason:
@@ -104,7 +105,8 @@ def _tensor(leaf: Any, entry: TorchKey) -> np.ndarray:
     return to_torch(array, entry)
 
 
-def _other_files(folder: str | os.PathLike[str] | None) -> list[Path]:
+def other_files(folder: str | os.PathLike[str] | None) -> list[Path]:
+    """What a model's folder has beside its config and its weights."""
     if folder is None:
         return []
     files = [file for file in Path(folder).iterdir() if file.is_file() and file.name != CONFIG]

@@ -182,7 +182,7 @@ def test_the_file_is_the_layout(tmp_path):
         ("{}", "expected a layout"),
         ('{"format": "jpeft-layout-1", "places": {"w": {"axes": "d"}}}', "expected 'axes', 'torch' and 'sizes'"),
         (
-            '{"format": "jpeft-layout-1", "places": {"w": {"axes": "d", "torch": [["w", "d", "x"]], "sizes": {"d": 2}}}}',
+            '{"format": "jpeft-layout-1", "places": {"w": {"axes": "d", "torch": [["w", "d", "x"]], "sizes": {}}}}',
             "no kind",
         ),
         ('{"format": "jpeft-layout-1", "places": {"w{#}": {"axes": "d", "torch": [], "sizes": {}}}}', "a 'count'"),

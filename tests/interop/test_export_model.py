@@ -1,0 +1,89 @@
+"""Params of other forms written as Hugging Face folders, with an adapter folded in: transformers reads them."""
+
+import json
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import jpeft
+from jpeft_interop import export_model
+from jpeft_interop.layout import Layout
+from llama_layouts import LAYOUTS, base_here
+from peft_twins import base, llama
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    module = base(llama)
+    module.generation_config.temperature = 0.3
+    module.generation_config.do_sample = True
+    module.save_pretrained(folder)
+    (folder / "tokenizer_config.json").write_text('{"kept": true}')
+    return folder
+
+
+@pytest.mark.parametrize("form", LAYOUTS)
+def test_transformers_reads_the_merged_model(form, folder, tmp_path):
+    module = base(llama)
+    params, layout = base_here(module, form)
+    adapter = jpeft.init(jax.random.key(0), jpeft.LoRA(rank=2, alpha=3), params, layout=layout)
+    adapter = adapter.replace(trained=jax.tree.map(lambda leaf: leaf + 0.05, adapter.trained))
+    export_model(tmp_path / "new", params, layout=layout, base=folder, adapter=adapter, max_shard_bytes=30_000)
+    index = json.loads((tmp_path / "new" / "model.safetensors.index.json").read_text())
+    shards = set(index["weight_map"].values())
+    assert len(shards) > 2 and all((tmp_path / "new" / shard).stat().st_size < 40_000 for shard in shards)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "new")
+    expected = layout.arrays(jpeft.merge(params, adapter))
+    state = loaded.state_dict()
+    assert all(np.array_equal(state[key].numpy(), tensor) for key, tensor in expected.items())
+    tokens = torch.arange(7)[None]
+    with torch.no_grad():
+        assert (loaded(tokens).logits - module(tokens).logits).abs().max() > 1e-2
+    assert loaded.generation_config.temperature == pytest.approx(0.3)
+    assert (tmp_path / "new" / "tokenizer_config.json").read_text() == '{"kept": true}'
+
+
+def test_without_an_adapter_it_is_the_base(folder, tmp_path):
+    module = base(llama)
+    params, layout = base_here(module, "scanned")
+    half = jax.tree.map(lambda leaf: np.asarray(leaf).astype(ml_dtypes.bfloat16), params)
+    export_model(tmp_path / "new", half, layout=layout, base=folder)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "new")
+    assert loaded.dtype == torch.bfloat16
+    state = module.state_dict()
+    for key, tensor in loaded.state_dict().items():
+        if "q_proj" not in key:  # whose scale makes it round once more
+            assert torch.equal(tensor, state[key].to(torch.bfloat16)), key
+
+
+def test_the_adapter_is_added_in_fp32_and_rounded_once(folder, tmp_path):
+    params, layout = base_here(base(llama), "fused")
+    half = jax.tree.map(lambda leaf: np.asarray(leaf).astype(ml_dtypes.bfloat16), params)
+    adapter = jpeft.init(jax.random.key(0), jpeft.LoRA(rank=2, targets=["down"]), params, layout=layout)
+    adapter = adapter.replace(trained=jax.tree.map(lambda leaf: leaf + 0.01, adapter.trained))
+    export_model(tmp_path / "new", half, layout=layout, base=folder, adapter=adapter)
+    wide = jax.tree.map(lambda leaf: leaf.astype(np.float32), half)
+    expected = layout.arrays(jpeft.merge(wide, adapter))["model.layers.1.mlp.down_proj.weight"]
+    state = AutoModelForCausalLM.from_pretrained(tmp_path / "new").state_dict()
+    found = state["model.layers.1.mlp.down_proj.weight"].float().numpy()
+    assert np.array_equal(found, expected.astype(ml_dtypes.bfloat16).astype(np.float32))
+
+
+def test_a_layout_of_another_model_writes_nothing(folder, tmp_path):
+    module = base(llama)
+    params, layout = base_here(module, "scanned")
+    other = Layout({path: place for path, place in layout.items() if path != "norm"})
+    with pytest.raises(jpeft.WeightsError, match="no place for 'norm'"):
+        export_model(tmp_path / "new", params, layout=other, base=folder)
+    less = {path: leaf for path, leaf in params.items() if path != "norm"}
+    with pytest.raises(jpeft.WeightsError, match="the base has 'model.norm.weight', which lies in no leaf"):
+        export_model(tmp_path / "new", less, layout=other, base=folder)
+    bad = {**params, "up": np.full_like(params["up"], np.nan)}
+    with pytest.raises(jpeft.WeightsError, match="not finite"):
+        export_model(tmp_path / "new", bad, layout=layout, base=folder)
+    assert not (tmp_path / "new").exists()
