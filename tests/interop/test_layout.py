@@ -62,6 +62,16 @@ def test_a_scale_is_taken_out_and_put_back():
     assert np.array_equal(layout.from_torch(state)["q"], params["q"])
 
 
+def test_a_norm_that_torch_keeps_as_its_distance_from_one(tmp_path):
+    params = {"norm": np.array([1.5, 0.25, 1.0], np.float32)}
+    layout = Layout.of(params, {"norm": Place.of("d", {"norm.weight": "d"}, offset=1.0)})
+    state = layout.arrays(params)
+    assert state["norm.weight"].tolist() == [0.5, -0.75, 0.0]
+    assert np.array_equal(layout.from_torch(state)["norm"], params["norm"])
+    save_layout(tmp_path / "layout.json", layout)
+    assert load_layout(tmp_path / "layout.json") == layout
+
+
 def test_two_leaves_in_one_tensor():
     params = {"q": array((4, 6)), "k": array((4, 2))}
     places = {"q": Place.of("d q", {"qkv.weight": "(q + 2) d"}), "k": Place.of("d k", {"qkv.weight": "(6 + k) d"})}

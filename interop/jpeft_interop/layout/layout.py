@@ -25,7 +25,7 @@ from jpeft.kernel import Kernel, Kernels
 from jpeft.tree import flatten, nearest, replace
 from jpeft_interop.arrays import host, own
 from jpeft_interop.layout.geometry import BATCH, canonical_kernel, kernel_of
-from jpeft_interop.layout.link import Link, assign, scaled, whole
+from jpeft_interop.layout.link import Link, assign, to_leaf, to_tensor, whole
 from jpeft_interop.layout.place import Place
 from jpeft_interop.torch_table import nest
 
@@ -146,7 +146,7 @@ class Layout(Mapping[str, Place]):
         made = np.zeros(links[0].torch_shape, host(flat[links[0].path]).dtype)
         for link in links:
             assign(made, link.torch, host(flat[link.path]), link.leaf, link.sizes, dict(link.index))
-        return scaled(made, 1 / links[0].scale)
+        return to_tensor(made, links[0].scale, links[0].offset)
 
     def arrays(self, params: Any) -> dict[str, np.ndarray]:
         """Every torch tensor, as NumPy arrays; what of one lies in no leaf is zero.
@@ -213,7 +213,7 @@ class Layout(Mapping[str, Place]):
             assign(made, link.leaf, tensor, link.torch, link.sizes, dict(link.index))
         if made is None:
             raise WeightsError(f"nothing of {path!r} is in the state")
-        return scaled(made, self.places[path].scale)
+        return to_leaf(made, self.places[path].scale, self.places[path].offset)
 
     def _check_tie(self, made: np.ndarray, link: Link, tensor: np.ndarray, state: Mapping[str, Any]) -> None:
         """What another name for the same region has put there is the same."""

@@ -79,8 +79,14 @@ def rows(layout: Layout) -> Rows:
 
 
 def _row(place: Place) -> dict[str, Any]:
-    scale = {} if place.scale == 1.0 else {"scale": place.scale}
-    return {"axes": place.axes, "torch": [list(tensor) for tensor in place.torch], "sizes": dict(place.sizes), **scale}
+    plain = {"scale": 1.0, "offset": 0.0}
+    changed = {name: getattr(place, name) for name in plain if getattr(place, name) != plain[name]}
+    return {
+        "axes": place.axes,
+        "torch": [list(tensor) for tensor in place.torch],
+        "sizes": dict(place.sizes),
+        **changed,
+    }
 
 
 def _marked(path: str, row: dict[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -109,7 +115,7 @@ def _place(name: str, row: Any, number: str, file: str) -> Place:
     try:
         tensors = tuple(Tensor(key.replace(MARK, number), axes, kind) for key, axes, kind in row["torch"])
         sizes = tuple(sorted((str(axis), int(size)) for axis, size in row["sizes"].items()))
-        place = Place(str(row["axes"]), tensors, sizes, float(row.get("scale", 1.0)))
+        place = Place(str(row["axes"]), tensors, sizes, float(row.get("scale", 1.0)), float(row.get("offset", 0.0)))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise WeightsError(f"{file}: {name!r}: expected 'axes', 'torch' and 'sizes', found {row!r}: {error}") from error
     if unknown := [tensor.kind for tensor in tensors if tensor.kind not in KINDS]:

@@ -32,7 +32,8 @@ class Link:
       torch: the tensor's.
       index: the numbers in the key, by name.
       sizes: of all names.
-      scale: the leaf holds `scale` times what torch has.
+      scale: the leaf holds `scale` times what torch has, and
+      offset: this more.
     """
 
     path: str
@@ -43,6 +44,7 @@ class Link:
     index: tuple[tuple[str, int], ...]
     sizes: Mapping[str, int]
     scale: float = 1.0
+    offset: float = 0.0
 
     @property
     def torch_shape(self) -> tuple[int, ...]:
@@ -79,11 +81,18 @@ def assign(
     into[...] = values.transpose([names.index(name) for name in wanted])
 
 
-def scaled(array: np.ndarray, scale: float) -> np.ndarray:
-    """`array` times `scale`, computed in fp32 or wider and rounded once."""
-    if scale == 1.0:
-        return array
-    return (array.astype(np.promote_types(array.dtype, np.float32)) * scale).astype(array.dtype)
+def to_leaf(array: np.ndarray, scale: float, offset: float) -> np.ndarray:
+    """`scale` times what torch has, and `offset`: computed in fp32 or wider and rounded once."""
+    return array if (scale, offset) == (1.0, 0.0) else (_wide(array) * scale + offset).astype(array.dtype)
+
+
+def to_tensor(array: np.ndarray, scale: float, offset: float) -> np.ndarray:
+    """The inverse of `to_leaf`, as far as rounding allows."""
+    return array if (scale, offset) == (1.0, 0.0) else ((_wide(array) - offset) / scale).astype(array.dtype)
+
+
+def _wide(array: np.ndarray) -> np.ndarray:
+    return array.astype(np.promote_types(array.dtype, np.float32))
 
 
 def whole(axes: Sequence[Axis]) -> tuple[int, ...]:

@@ -38,7 +38,8 @@ class Place:
       axes: the leaf's axes.
       torch: the tensors that hold it: several, where it is fused of them, or where torch has two names for it.
       sizes: of every name in `axes` that the leaf's shape leaves open, or of all.
-      scale: the leaf holds `scale` times what torch has.
+      scale: the leaf holds `scale` times what torch has (a query kernel with 1/√h folded in), and
+      offset: this more (the scale of a norm that torch keeps as its distance from 1).
 
     Example: a stack of query kernels (layers, d, heads, head), its rotary halves interleaved.
       >>> place = Place.of("l d n (half two)", {"layers.{l}.q_proj.weight": "(n two half) d"}, two=2)
@@ -50,6 +51,7 @@ class Place:
     torch: tuple[Tensor, ...]
     sizes: tuple[tuple[str, int], ...] = ()
     scale: float = 1.0
+    offset: float = 0.0
 
     @classmethod
     def of(cls, axes: str, torch: Mapping[str, str | tuple[str, Kind]], *, scale: float = 1.0, **sizes: int) -> Place:
@@ -59,13 +61,14 @@ class Place:
           axes: the leaf's.
           torch: by torch's name, its axes, or those and its kind: told by the name and the number of axes otherwise, of
             which an embedding must be told apart, `{"embed_tokens.weight": ("v d", "embedding")}`.
-          scale: the leaf holds `scale` times what torch has.
+          scale: the leaf holds `scale` times what torch has, and
+          offset: this more.
           **sizes: of the names that the leaf's shape leaves open.
         """
         tensors = (
             Tensor(key, s, kind_of(key, s)) if isinstance(s, str) else Tensor(key, *s) for key, s in torch.items()
         )
-        return cls(axes, tuple(tensors), tuple(sorted(sizes.items())), scale)
+        return cls(axes, tuple(tensors), tuple(sorted(sizes.items())), scale, offset)
 
     @property
     def notation(self) -> Notation:
@@ -84,7 +87,7 @@ class Place:
           WeightsError: the shape does not fit the axes, or leaves a size open.
         """
         sizes = solve(self.notation, shape, dict(self.sizes), repr(path))
-        return Place(self.axes, self.torch, tuple(sorted(sizes.items())), self.scale)
+        return Place(self.axes, self.torch, tuple(sorted(sizes.items())), self.scale, self.offset)
 
     def links(self, path: str) -> Iterator[Link]:
         """Each region of the leaf with the torch tensor's region that it equals; of a place that was fitted.
@@ -106,7 +109,8 @@ class Place:
             for numbers in itertools.product(*(range(sizes[name]) for name in dict.fromkeys(numbered))):
                 index = dict(zip(dict.fromkeys(numbered), numbers, strict=True))
                 key = numbered_key(tensor.key, index)
-                yield Link(path, key, tensor.kind, leaf, torch, tuple(index.items()), sizes, self.scale)
+                numbers_of = tuple(index.items())
+                yield Link(path, key, tensor.kind, leaf, torch, numbers_of, sizes, self.scale, self.offset)
 
 
 def numbered_key(key: str, index: Mapping[str, int]) -> str:
