@@ -54,7 +54,15 @@ class Place:
     offset: float = 0.0
 
     @classmethod
-    def of(cls, axes: str, torch: Mapping[str, str | tuple[str, Kind]], *, scale: float = 1.0, **sizes: int) -> Place:
+    def of(
+        cls,
+        axes: str,
+        torch: Mapping[str, str | tuple[str, Kind]],
+        *,
+        scale: float = 1.0,
+        offset: float = 0.0,
+        **sizes: int,
+    ) -> Place:
         """A place from torch's axes by torch's names.
 
         Args:
