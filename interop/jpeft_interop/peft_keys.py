@@ -49,8 +49,14 @@ def spot_of(link: Link, kernel: Kernel, layout: Layout) -> Spot:
     """The torch matrix that a region of a weight of geometry `kernel` lies in.
 
     Raises:
-      AdapterError: it is no module's weight.
+      AdapterError: it is no module's weight, or one of several lookups of one.
     """
+    lookups = [other.key for other in layout.links[link.path] if other.kind == "embedding" and _same(other, link)]
+    if link.kind == "embedding" and len(lookups) > 1:
+        raise AdapterError(
+            f"{link.path!r} is looked up under {len(lookups)} names, {', '.join(map(repr, lookups))}, each of which "
+            "PEFT adapts for itself or not at all: an adapter of a part of them has no form here"
+        )
     if link.kind in BATCH:
         return Spot(link.key, canonical_kernel(link))
     if not link.key.endswith(".weight"):
@@ -58,6 +64,10 @@ def spot_of(link: Link, kernel: Kernel, layout: Layout) -> Spot:
     module, as_head = link.key.removesuffix(".weight"), is_head(link, kernel)
     canonical = canonical_kernel(link, as_head=as_head, groups=kernel.groups)
     return Spot(module, canonical, as_head, bias_of_head(module, layout.by_key) if as_head else None)
+
+
+def _same(one: Link, other: Link) -> bool:
+    return (one.leaf, one.index) == (other.leaf, other.index)
 
 
 class Keys(NamedTuple):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jpeft.tree import dotted
@@ -16,24 +17,25 @@ from jpeft_interop.models.families import FAMILIES
 CONV1D = re.compile(r"(?:^|/)h/\d+/(?:(?:cross)?attn|crossattention|mlp)/(?:c_attn|q_attn|c_proj|c_fc)/kernel$")
 # transformers' stacked kernels of experts, (experts, out, in)
 EXPERTS = re.compile(r"(?:^|/)experts/(?:gate_up_proj|down_proj)$")
-# The leaf that an embedding and a head share, and the torch module of the head that then has no leaf of its own.
-TIED = {
-    (first, dotted(head.removesuffix("/kernel")))
-    for family in FAMILIES
-    for first, head in family.tied
-    if head.endswith("/kernel")
-}
+# The paths that one leaf stands for where a config ties embeddings: the leaf's own, and another of torch's.
+TIED = tuple(dict.fromkeys(pair for family in FAMILIES for pair in family.tied))
 
 
 def default_layout(flat: Mapping[str, Any]) -> Layout:
     """The places of leaves by path, where the paths are torch's names."""
-    return Layout({path: _place(path, tuple(leaf.shape), flat) for path, leaf in flat.items()})
+    ties = _ties(flat)
+    return Layout({path: _place(path, tuple(leaf.shape), ties.get(path, ())) for path, leaf in flat.items()})
 
 
-def _place(path: str, shape: tuple[int, ...], flat: Mapping[str, Any]) -> Place:
+def _place(path: str, shape: tuple[int, ...], others: Sequence[str]) -> Place:
     axes, tensor = _tensor(path, len(shape))
-    heads = (Tensor(f"{head}.weight", "v d", "linear") for head in _heads(path, flat))
-    return Place(axes, (tensor, *heads)).fit(shape, path)
+    return Place(axes, (tensor, *map(_other_name, others))).fit(shape, path)
+
+
+def _other_name(path: str) -> Tensor:
+    """What a tied leaf, which is an embedding's, is under another of its names."""
+    module, _, leaf = path.rpartition("/")
+    return Tensor(f"{dotted(module)}.weight", "v d", "linear" if leaf == "kernel" else "embedding")
 
 
 def _tensor(path: str, ndim: int) -> tuple[str, Tensor]:
@@ -53,17 +55,12 @@ def _tensor(path: str, ndim: int) -> tuple[str, Tensor]:
     return axes, Tensor(dotted(path), axes, "plain")
 
 
-def _heads(path: str, flat: Mapping[str, Any]) -> Iterator[str]:
-    """The torch modules of the heads that share a leaf: where they have none of their own."""
-    return (head for first, head in TIED if first == path and _is_tied(first, head, flat))
-
-
-def _is_tied(first: str, head: str, flat: Mapping[str, Any]) -> bool:
-    """Whether the model has that head: other leaves of it are there, or the base model's are all that there is."""
-    module = head.replace(".", "/")
-    if f"{module}/kernel" in flat or f"{module}/weight" in flat:
-        return False
-    beside = module.rpartition("/")[0]
-    if beside:
-        return any(path.startswith(f"{beside}/") for path in flat)
-    return all(path.startswith(first.partition("/")[0] + "/") for path in flat)
+def _ties(flat: Mapping[str, Any]) -> dict[str, list[str]]:
+    """The other paths of each tied weight, by its leaf's: those on which all families that know the pair agree."""
+    families = [(family, family.ties(flat)) for family in FAMILIES]
+    found: dict[str, list[str]] = defaultdict(list)
+    for first, second in TIED:
+        told = [second in ties.get(first, ()) for family, ties in families if (first, second) in family.tied]
+        if all(told) and first.endswith("/embedding"):
+            found[first].append(second)
+    return found
