@@ -155,6 +155,7 @@ def _check_sites(spec: Spec, sites: list[Site], flat: Mapping[str, Any]) -> None
             raise KernelError(
                 f"{site.path!r} holds {flat[site.path].dtype}; expected a floating dtype: dequantize it first"
             )
+    spec.check_kernels(site.kernel for site in sites)
     for name in spec.patterns:
         if not any(matches_pattern(name, module_of(site.path), site.path) for site in sites):
             modules = [dotted(module_of(site.path)) for site in sites]

@@ -71,6 +71,8 @@ def _report(flat: Mapping[str, Any], uses: list[Use], heads: set[str]) -> Kernel
     for path, leaf in flat.items():
         mine = [use for use in uses if use.path == path]
         found = _geometry(tuple(leaf.shape), mine, path in heads)
+        if isinstance(found, Kernel) and found.kind == "embedding" and path.rpartition("/")[2] == "bias":
+            found = "is a bias, of which a lookup takes rows (an expert's), and no embedding"
         if isinstance(found, Kernel):
             entries.append((path, found))
         elif len(leaf.shape) >= 2:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
 from jpeft.errors import SpecError
+from jpeft.kernel import Kernel
 from jpeft.targets import Patterns, Targets, frozen_mapping, frozen_names
 
 Bias = Literal["none", "all", "lora_only"]
@@ -75,6 +76,10 @@ class Spec:
     def penalty_weight(self) -> float:
         """What the method's penalty is multiplied by."""
         return 0.0
+
+    def check_kernels(self, kernels: Iterable[Kernel]) -> None:
+        """Raises SpecError where the targeted weights are none that the spec is for."""
+        del kernels
 
     def rank_of(self, *names: str) -> int:
         """The method's rank at the weight of a module, or by its other names; 0 where it has none."""

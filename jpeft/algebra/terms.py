@@ -150,7 +150,7 @@ def _leaves(part: Part) -> dict[str, Array]:
 
 
 def _spec(like: LoRA, sites: list[Site], has_bias: bool) -> LoRA:
-    """`like` with the ranks that these sites have, and alpha equal to each."""
+    """`like` with the ranks that these sites have, alpha equal to each, and an A for each expert."""
     rank = Counter(site.rank for site in sites).most_common(1)[0][0] if sites else like.rank
     others = tuple((_pattern(site.path), site.rank) for site in sites if site.rank != rank)
     return replace(
@@ -161,6 +161,7 @@ def _spec(like: LoRA, sites: list[Site], has_bias: bool) -> LoRA:
         alpha_pattern=tuple((name, float(r)) for name, r in others),
         rank_stabilized=False,
         factor_bias=has_bias,
+        share_a=False,
     )
 
 

@@ -55,7 +55,8 @@ def sites(adapter: Adapter, *, fresh: bool = True) -> list[Site]:
     """The weights that get a start: those of rank 1 and more.
 
     Raises:
-      SpecError: not a LoRA, alpha is not positive, or (`fresh`) the adapter has been trained or initialised before.
+      SpecError: not a LoRA, alpha is not positive, experts share an A, or (`fresh`) the adapter has been trained or
+        initialised before.
       KernelError: an embedding or a convolution is among them, for which no start of this kind is known.
     """
     spec = adapter.spec
@@ -68,6 +69,11 @@ def sites(adapter: Adapter, *, fresh: bool = True) -> list[Site]:
             raise KernelError(
                 f"{site.path!r} is a weight of kind {site.kernel.kind!r}; this start is for products. Leave it out: "
                 f"exclude=[{dotted(module or site.path)!r}]"
+            )
+        if spec.share_a and site.kernel.experts:
+            raise SpecError(
+                f"{site.path!r}: its experts share an A (share_a=True), and this start gives each an A of its own; "
+                "use jpeft.LoRA(..., share_a=False), or init's own start"
             )
         if spec.alpha_of(module, site.path) <= 0:
             raise SpecError(f"{site.path!r}: alpha must be > 0; found {spec.alpha_of(module, site.path)}")

@@ -10,6 +10,7 @@ their A and B are these, transposed.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -49,6 +50,8 @@ class LoRA(Spec):
       modules_to_save: modules whose weights are copied and trained whole (a classifier).
       init: A's distribution: `kaiming`, U(±1/sqrt(in)), or `gaussian`, N(0, 1/r²). B starts at zero. Of an embedding, A
         is zero and B is N(0, 1).
+      share_a: one A for all the experts of a kernel, and a B for each: half of what there is to train. Experts are the
+        batch axes that a single product goes over (`Kernel.experts`); stacked layers keep an A each.
 
     Raises:
       SpecError: a value out of range.
@@ -66,6 +69,7 @@ class LoRA(Spec):
     dropout: float = 0.0
     factor_bias: bool = False
     init: Init = "kaiming"
+    share_a: bool = False
 
     method = "lora"
     shown: ClassVar = ("rank", "alpha", "targets")
@@ -90,6 +94,14 @@ class LoRA(Spec):
         """Of the dropout on the input of the branch."""
         return self.dropout
 
+    def check_kernels(self, kernels: Iterable[Kernel]) -> None:
+        """`share_a` needs experts."""
+        if self.share_a and not any(kernel.experts for kernel in kernels):
+            raise self.fail(
+                "share_a is for the experts of a kernel, and no target has any; take kernels= from jpeft.kernels, or "
+                "by hand say which batch axes they are: Kernel(..., batch=(0,), experts=(0,))"
+            )
+
     def rank_of(self, *names: str) -> int:
         """r of the weight in a module, or by its other names."""
         return pattern_value(self.rank_pattern, names, self.rank)
@@ -107,10 +119,12 @@ class LoRA(Spec):
 def init(key: Array, site: Site, spec: LoRA, weight: Array, dtype: jnp.dtype) -> Leaves:
     """The trained leaves of one kernel: `a` (*batch, *contracted, r), `b` (*batch, r, *output), perhaps `bias`.
 
-    The change is exactly zero: B is zero, or A for an embedding.
+    A that experts share has size 1 along their axes. The change is exactly zero: B is zero, or A for an embedding.
     """
     kernel, rank = site.kernel, site.rank
-    a_shape = (*kernel.batch_shape, *kernel.sizes(kernel.contracted), rank)
+    shared = kernel.experts if spec.share_a else ()
+    a_batch = tuple(1 if axis in shared else kernel.shape[axis] for axis in kernel.batch)
+    a_shape = (*a_batch, *kernel.sizes(kernel.contracted), rank)
     b_shape = (*kernel.batch_shape, rank, *kernel.sizes(kernel.output))
     if kernel.kind == "embedding":
         leaves = {"a": jnp.zeros(a_shape, dtype), "b": jax.random.normal(key, b_shape, dtype)}
@@ -135,14 +149,23 @@ def constant(spec: LoRA, site: Site) -> Leaves:
 
 
 def matrices(leaves: Leaves, kernel: Kernel) -> Leaves:
-    """A (*batch, in, r), B (*batch, r, out), bias (*batch, out).
+    """A (*batch, in, r), that of experts repeated where they share it, B (*batch, r, out), bias (*batch, out).
 
     B is held to its `mask`, where there is one (`mask_shapes`): a gradient outside it is zero, so it stays.
     """
     batch, rank = kernel.batch_shape, leaves["a"].shape[-1]
-    shapes = {"a": (*batch, kernel.fan_in, rank), "b": (*batch, rank, kernel.fan_out), "bias": (*batch, kernel.fan_out)}
+    shapes = {"b": (*batch, rank, kernel.fan_out), "bias": (*batch, kernel.fan_out)}
     held = leaves | ({"b": leaves["b"] * leaves["mask"].astype(leaves["b"].dtype)} if "mask" in leaves else {})
-    return {n: leaf.reshape(shapes[n]) if n in shapes else leaf for n, leaf in held.items() if n != "mask"}
+    found = {n: leaf.reshape(shapes[n]) if n in shapes else leaf for n, leaf in held.items() if n != "mask"}
+    return found | {"a": _every_a(leaves["a"], kernel)}
+
+
+def _every_a(a: Array, kernel: Kernel) -> Array:
+    """A of each matrix (*batch, in, r), from one that may have size 1 along axes that share it."""
+    batch, found = kernel.batch_shape, a.shape
+    lead = tuple(1 if own == 1 else size for own, size in zip(found, batch, strict=False))
+    matrices = a.reshape(*lead, kernel.fan_in, found[-1])
+    return matrices if lead == batch else jnp.broadcast_to(matrices, (*batch, *matrices.shape[-2:]))
 
 
 def mask_shapes(kernel: Kernel, rank: int) -> list[tuple[int, ...]]:

@@ -23,6 +23,7 @@ from jax.core import Tracer
 from jpeft.adapter import Adapter, Part
 from jpeft.errors import SpecError
 from jpeft.kernel import wide
+from jpeft.methods import lora
 from jpeft.site import Site
 
 DELTA = 1e-8
@@ -133,7 +134,7 @@ def _is_lora(adapter: Adapter, site: Site) -> bool:
 
 def _correction(site: Site, a: Array, s: Array) -> Array:
     """(Aᵀ A + δ I)⁻¹ / s² (*batch, r, r); 0 where a slice of a stack is left alone."""
-    a = wide(a).reshape(*site.kernel.batch_shape, site.kernel.fan_in, a.shape[-1])
+    a = wide(lora.matrices({"a": a}, site.kernel)["a"])
     gram = jnp.matmul(a.mT, a, precision="highest") + DELTA * jnp.eye(a.shape[-1], dtype=a.dtype)
     inverse = jnp.linalg.pinv(gram, hermitian=True) if a.shape[-1] else gram
     over = jnp.where(s != 0, 1 / jnp.where(s != 0, s * s, 1), 0)
