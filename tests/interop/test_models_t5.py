@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from flax import nnx
+from safetensors.torch import load_file, save_file
 from transformers.models.t5.modeling_t5 import T5Attention
 
 from folder_twins import assert_same_tree, through_a_folder
@@ -143,6 +144,34 @@ def test_a_tied_config_with_an_untied_head_is_refused(tmp_path):
     model_of(untied=True, **V11).save_pretrained(tmp_path)
     with pytest.raises(WeightsError, match="'lm_head.weight' is tied to 'shared.weight'.*tie_word_embeddings"):
         load_model(tmp_path)
+
+
+def test_what_old_files_hold_besides(tmp_path):
+    """As google-t5/t5-small is: every name of the embeddings, and a table of the cross-attention that nothing reads."""
+    model, file = model_of(), tmp_path / "model.safetensors"
+    model.save_pretrained(tmp_path)
+    tensors = load_file(file)
+    names = torch_table(model)["shared/embedding"].names
+    tensors |= {name: tensors["shared.weight"].clone() for name in names}
+    tensors["decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"] = torch.ones(8, 4)
+    save_file(tensors, file)
+    assert_same_tree(load_model(tmp_path)[1], params_from_torch(model))
+
+
+def test_gradients_equal_torchs():
+    model, inputs = model_of(), inputs_of()
+    forward, params = twin(model)
+    weight = np.random.default_rng(3).normal(size=(3, 7, 61)).astype(np.float32)
+    (
+        model(**{key: torch.as_tensor(value) for key, value in inputs.items()}).logits * torch.tensor(weight)
+    ).sum().backward()
+    ours = jax.grad(lambda params: (forward(params, **inputs).logits * weight).sum())(params)
+    tables = [(ours["shared"], model.shared)]
+    for side, stack in (("encoder", model.encoder), ("decoder", model.decoder)):
+        first = ours[side]["block"]["0"]["layer"]["0"]["SelfAttention"]["relative_attention_bias"]
+        tables.append((first, stack.block[0].layer[0].SelfAttention.relative_attention_bias))
+    for mine, torchs in tables:
+        assert difference(mine["embedding"], torchs.weight.grad) < TOLERANCE
 
 
 def test_an_encoder_from_the_whole_models_folder(tmp_path):

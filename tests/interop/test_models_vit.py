@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 import torch
@@ -76,6 +77,18 @@ def test_a_mask_over_patches():
     theirs = run_torch(model, pixel_values=pixels_of(), attention_mask=mask).last_hidden_state
     assert difference(ours, theirs) < TOLERANCE
     assert difference(forward(params, pixels_of()).last_hidden_state, theirs) > 1e-3
+
+
+def test_gradients_equal_torchs():
+    model = model_of("ViTForImageClassification", num_labels=3)
+    forward, params = twin(model)
+    model(torch.tensor(pixels_of())).logits[:, 0].sum().backward()
+    ours = jax.grad(lambda params: forward(params, pixels_of()).logits[:, 0].sum())(params)["vit"]["embeddings"]
+    theirs = model.vit.embeddings
+    kernel = ours["patch_embeddings"]["projection"]["kernel"]
+    assert difference(kernel.transpose(3, 2, 0, 1), theirs.patch_embeddings.projection.weight.grad) < TOLERANCE
+    for name in ("cls_token", "position_embeddings"):
+        assert difference(ours[name], getattr(theirs, name).grad) < TOLERANCE
 
 
 def test_files_may_have_todays_names(tmp_path):
