@@ -34,7 +34,12 @@ CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "a
 
 
 def load_peft(
-    folder: str | os.PathLike[str], params: Any, *, layout: Layout | None = None, kernels: Kernels | None = None
+    folder: str | os.PathLike[str],
+    params: Any,
+    *,
+    layout: Layout | None = None,
+    kernels: Kernels | None = None,
+    blocks: bool = True,
 ) -> Adapter:
     """An adapter from a folder that PEFT wrote (or `save_peft`).
 
@@ -44,6 +49,8 @@ def load_peft(
       layout: where each path of the params lies in torch, for params with other names or shapes.
       kernels: the weights' geometry, from `jpeft.kernels`, where the layout does not tell it all: which axes of a stack
         are the model's own batch axes. The layout's by default.
+      blocks: False refuses what would need a mask: parts of a fused weight with factors of their own, and stacked
+        layers of different ranks.
 
     Returns:
       the adapter: its spec is the folder's config, its arrays are in the file's dtypes. A fused weight's has a block of
@@ -60,7 +67,7 @@ def load_peft(
     flat = flatten(params)
     layout = default_layout(flat) if layout is None else layout
     layout.check(flat)
-    reading = _Reading(str(folder / WEIGHTS), config, flat, layout, kernels or layout.kernels, tensors)
+    reading = _Reading(str(folder / WEIGHTS), config, flat, layout, kernels or layout.kernels, tensors, blocks)
     return reading.adapter()
 
 
@@ -100,6 +107,7 @@ class _Reading:
     layout: Layout
     kernels: Mapping[str, Kernel]
     tensors: Mapping[str, np.ndarray]
+    blocks: bool
 
     @property
     def spec(self) -> Any:
@@ -237,6 +245,12 @@ class _Reading:
         )
         constant = METHODS[site.method].constant(self.spec, site)
         held = {name: np.asarray(leaf) for name, leaf in constant.items()} | whole.constant()
+        if "mask" in held and not self.blocks:
+            modules = ", ".join(repr(one.spot.module) for one in found[:3])
+            raise AdapterError(
+                f"{self.file}: {modules} lie in one weight, {path!r}, and have factors of their own: one adapter of it "
+                "would have to keep them apart by a mask, which blocks=True allows"
+            )
         return site, whole.trained, held
 
     def _scaling(self, one: Piece) -> float:

@@ -120,6 +120,18 @@ def test_blocks_stay_apart_through_training(tmp_path):
     assert largest(merged, merged_by_peft(loaded)) < 1e-5
 
 
+def test_blocks_are_refused_where_they_are_not_wanted(tmp_path):
+    module = base(llama)
+    params, layout = base_here(module, "fused")
+    folder = save(adapted(module, r=2, target_modules=["q_proj", "k_proj", "v_proj"]), tmp_path / "apart")
+    with pytest.raises(jpeft.AdapterError, match="'qkv', and have factors of their own"):
+        load_peft(folder, params, layout=layout, blocks=False)
+    adapter = jpeft.init(jax.random.key(0), jpeft.LoRA(rank=2, targets=["qkv"]), params, layout=layout)
+    save_peft(tmp_path / "shared", noisy(adapter), params=params, layout=layout)
+    again = load_peft(tmp_path / "shared", params, layout=layout, blocks=False)
+    assert "mask" not in again.constant["qkv"]
+
+
 def test_what_takes_one_a_for_the_whole_refuses_blocks(tmp_path):
     module = base(llama)
     theirs = adapted(module, r=2, target_modules=["q_proj", "v_proj"], rank_pattern={"v_proj": 3})
