@@ -163,6 +163,20 @@ def test_another_models_params_and_states_are_refused():
         layout.from_torch({"up.weight": state["up.weight"].T})
 
 
+def test_the_geometry_is_torchs_carried_to_the_leaf():
+    params = {"stacked": array((2, 3, 4, 5)), "each": array((2, 3, 4, 5)), "embed": array((7, 4))}
+    places = {
+        "stacked": Place.of("l e d f", {"{l}.experts.up": ("e f d", "experts")}),
+        "each": Place.of("l e d f", {"{l}.experts.{e}.up.weight": "f d"}),
+        "embed": Place.of("v d", {"embed.weight": ("v d", "embedding"), "head.weight": "v d"}),
+    }
+    kernels = Layout.of(params, places).kernels
+    for name in ("stacked", "each"):
+        kernel = kernels[name]
+        assert (kernel.batch, kernel.experts, kernel.contracted, kernel.output) == ((0, 1), (1,), (2,), (3,))
+    assert kernels["embed"].kind == "embedding" and kernels["embed"].contracted == (0,)
+
+
 def test_a_leaf_whose_axis_would_have_two_roles_has_no_geometry():
     params = {"w": array((4, 6))}
     layout = Layout.of(params, {"w": Place.of("d (l f)", {"up.{l}.weight": "f d"}, l=2)})

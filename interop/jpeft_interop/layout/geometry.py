@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from jpeft.errors import WeightsError
@@ -13,6 +14,7 @@ from jpeft_interop.layout.place import Place
 # has them, and those that come out.
 CONTRACTED = {"linear": (1,), "conv1d": (0,), "embedding": (0,), "experts": (2,), "experts_io": (1,)}
 OUTPUT = {"linear": (0,), "conv": (0,), "conv1d": (1,), "embedding": (1,), "experts": (1,), "experts_io": (2,)}
+EXPERT = re.compile(r"(?:^|\.)experts\.\{(\w+)")
 BATCH = {"experts": (0,), "experts_io": (0,)}
 
 
@@ -39,7 +41,15 @@ def kernel_of(place: Place, links: Sequence[Link]) -> Kernel | None:
             raise WeightsError(f"{link.path!r} ({place.axes}): axis {axis} would be {' and '.join(sorted(found))}")
     of = lambda role: tuple(axis for axis, found in enumerate(roles) if role in found)
     kind = link.kind if link.kind in ("embedding", "conv") else "product"
-    return Kernel(place.shape, of("contracted"), of("output"), of("batch"), kind=kind)
+    named = _experts(place, link)
+    experts = tuple(axis for axis in of("batch") if named & set(link.leaf[axis].names))
+    return Kernel(place.shape, of("contracted"), of("output"), of("batch"), kind=kind, experts=experts)
+
+
+def _experts(place: Place, link: Link) -> set[str]:
+    """The names of the axes that go over experts: stacked in torch, or numbered behind `experts.` in its names."""
+    stacked = {name for axis in BATCH.get(link.kind, ()) for name in link.torch[axis].names}
+    return stacked | {found[1] for tensor in place.torch for found in EXPERT.finditer(tensor.key)}
 
 
 def _roles(link: Link, names: Sequence[str]) -> set[str]:
