@@ -27,12 +27,14 @@ class Difference:
     Attributes:
       tokens: how many the text has.
       largest: max |d|, the largest difference.
+      mean: the mean of |d|.
       scale: the largest absolute logit of torch's.
       agree: the share of places where both find the same entry likeliest.
     """
 
     tokens: int
     largest: float
+    mean: float
     scale: float
     agree: float
 
@@ -108,6 +110,7 @@ def differences(
 
 
 def _difference(mine: np.ndarray, torchs: np.ndarray, ids: np.ndarray) -> Difference:
-    largest = float(np.max(np.abs(mine - torchs)))
+    apart = np.abs(mine - torchs)
+    finite = lambda value: float(value) if np.isfinite(value) else float("inf")
     agree = float(np.mean(np.argmax(mine, -1) == np.argmax(torchs, -1)))
-    return Difference(len(ids), largest if np.isfinite(largest) else float("inf"), float(np.max(np.abs(torchs))), agree)
+    return Difference(len(ids), finite(apart.max()), finite(apart.mean()), float(np.max(np.abs(torchs))), agree)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +18,9 @@ from jpeft_interop.models import ModelError
 from jpeft_interop.torch_check import Difference, differences, jax_logits, torch_logits
 
 
-@dataclass(frozen=True)
-class Comparison(Difference):
-    """What a text shows: see `Difference`.
-
-    Attributes:
-      mean: the mean of |d|.
-    """
-
-    mean: float
-
-
 def verify(
     model: str | os.PathLike[str], adapter: str | os.PathLike[str] | None, ids: Sequence[np.ndarray]
-) -> list[Comparison]:
+) -> list[Difference]:
     """Runs texts through transformers (and PEFT) and through JAX, the adapter attached in both, not merged.
 
     Args:
@@ -58,11 +46,10 @@ def verify(
     ours = jax_logits(base.forward, base.params, found, ids)
     there = None if adapter is None else Path(adapter)
     theirs = torch_logits(folder, there, ids, architecture=base.architecture, labels=base.labels)
-    records = differences(ours, theirs, ids)
-    return [_comparison(one, mine, other) for one, mine, other in zip(records, ours, theirs, strict=True)]
+    return differences(ours, theirs, ids)
 
 
-def largest_logit_difference(found: Sequence[Comparison]) -> float:
+def largest_logit_difference(found: Sequence[Difference]) -> float:
     """The largest difference in any of the texts."""
     return max((one.largest for one in found), default=0.0)
 
@@ -81,8 +68,3 @@ def _architecture(config: dict[str, Any], folder: Path) -> str:
     if not name or (name.endswith("Model") and not name.endswith("LMHeadModel")):
         raise ModelError(f"{folder}: {name or 'a model without a named architecture'} has no logits to compare")
     return name
-
-
-def _comparison(one: Difference, mine: np.ndarray, other: np.ndarray) -> Comparison:
-    mean = float(np.mean(np.abs(mine - other)))
-    return Comparison(one.tokens, one.largest, one.scale, one.agree, mean if np.isfinite(mean) else float("inf"))

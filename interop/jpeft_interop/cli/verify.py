@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import numpy as np
     from rich.table import Table
 
-    from jpeft_interop.verify import Comparison
+    from jpeft_interop.torch_check import Difference
 
 SHOWN = 48  # characters of a text
 
@@ -72,7 +72,7 @@ def _ids(ids: np.ndarray, text: str) -> np.ndarray:
     return ids
 
 
-def _table(texts: Sequence[str], found: Sequence[Comparison], tolerance: float) -> Table:
+def _table(texts: Sequence[str], found: Sequence[Difference], tolerance: float) -> Table:
     from rich.table import Table
     from rich.text import Text
 
