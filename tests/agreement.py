@@ -127,3 +127,12 @@ def check(name: str, **options: Any) -> None:
         assert_close(found_gradients, gradients)
         for path, leaf in jax.tree_util.tree_leaves_with_path(gradients[0]):
             assert np.abs(leaf).max() > 0, f"no gradient for {jax.tree_util.keystr(path)}"
+
+
+def agree(case: Case, adapter: jpeft.Adapter) -> None:
+    """The fast path of any adapter of a case against the definition: values, and every gradient."""
+    args = adapter.trained, case.params, case.x
+    expected = outputs_and_gradients(by_definition(case, adapter), *args, options=QUICK)
+    assert_close(outputs_and_gradients(by_fast_path(case, adapter), *args), expected)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(expected[1][0]):
+        assert not leaf.size or np.abs(leaf).max() > 0, f"no gradient for {jax.tree_util.keystr(path)}"

@@ -41,12 +41,43 @@ def dot_general(program: Program, eqn: JaxprEqn, values: Sequence[Any]) -> Outs:
     if program.watch:
         program.uses.append(use)
         return [Result(bind(eqn, [x, weight.value][:: 1 if side else -1])[0], weight.path)]
+    base = lambda x: bind(eqn, [x, weight.value][:: 1 if side else -1])[0]
+    product = _product
+    if (out := _batch_put_out(weight, dims)) and not any(map(_scales_input, weight.branches)):
+        dims, product = dims.with_batch(out), partial(_product_for_all, x_dims=dims, out=out)
     branches = oriented(weight, dims, lambda method: method.product is not None)
     if branches is None:
         return program.dense(eqn, values, "the product contracts other axes than the adapter's")
     program.uses.append(use)
-    base = lambda x: bind(eqn, [x, weight.value][:: 1 if side else -1])[0]
-    return [_product(program, x, base, replace(weight, branches=branches), dims)]
+    return [product(program, x, base, replace(weight, branches=branches), dims)]
+
+
+def _batch_put_out(weight: Weight, dims: Dims) -> tuple[int, ...]:
+    """The weight's dimensions that are batch axes of the adapter and come out of the product: all experts, all rows."""
+    is_batch = lambda dim: all(atom.axis in weight.batch for atom in weight.view.dims[dim])
+    return tuple(dim for dim in dims.w_free if weight.value.shape[dim] > 1 and is_batch(dim))
+
+
+def _scales_input(branch: Branch) -> bool:
+    scales = METHODS[branch.method].scales
+    return scales is not None and scales(branch.leaves).in_ is not None
+
+
+def _product_for_all(
+    program: Program,
+    x: Array,
+    base: Callable[[Array], Array],
+    weight: Weight,
+    dims: Dims,
+    *,
+    x_dims: Dims,
+    out: tuple[int, ...],
+) -> Array:
+    """The product with the input repeated along what comes out, so that it counts as a batch axis; the base's stays."""
+    order = x_dims.result_order(out)
+    back = tuple(order.index(axis) for axis in range(len(order)))
+    repeated = jnp.broadcast_to(x, (*(weight.value.shape[dim] for dim in out), *x.shape))
+    return _product(program, repeated, lambda _: base(x).transpose(order), weight, dims).transpose(back)
 
 
 def oriented(weight: Weight, dims: Dims, acts: Callable[[Method], bool]) -> tuple[Branch, ...] | None:
@@ -166,7 +197,7 @@ def gather(program: Program, eqn: JaxprEqn, values: Sequence[Any]) -> Outs:
 def _looks_up(branch: Branch) -> bool:
     """Whether a branch can stay factored where there are no rows of a matrix: in a lookup, in a convolution."""
     method = METHODS[branch.method]
-    return method.lookup is not None or (method.scales is not None and method.scales(branch.leaves).in_ is None)
+    return method.lookup is not None or (method.scales is not None and not _scales_input(branch))
 
 
 def _takes_rows(eqn: JaxprEqn, weight: Weight) -> bool:

@@ -22,7 +22,7 @@ class Dims:
         (self.x_contract, self.x_batch), (self.w_contract, self.w_batch) = x, w
         self.x_free = tuple(i for i in range(x_ndim) if i not in (*self.x_contract, *self.x_batch))
         self.w_free = tuple(i for i in range(w_ndim) if i not in (*self.w_contract, *self.w_batch))
-        self.weight_first = weight_first
+        self.weight_first, self.x_ndim, self.w_ndim = weight_first, x_ndim, w_ndim
 
     @classmethod
     def of(cls, eqn: JaxprEqn, side: int, x_ndim: int, w_ndim: int) -> Dims:
@@ -30,6 +30,21 @@ class Dims:
         contract, batch = eqn.params["dimension_numbers"]
         operand = lambda i: (tuple(contract[i]), tuple(batch[i]))
         return cls(operand(1 - side), operand(side), x_ndim, w_ndim, side == 0)
+
+    def with_batch(self, out: tuple[int, ...]) -> Dims:
+        """With some of the weight's free dimensions as batch dimensions, and as many new ones leading the input's."""
+        n = len(out)
+        moved = lambda axes: tuple(axis + n for axis in axes)
+        x = (moved(self.x_contract), (*moved(self.x_batch), *range(n)))
+        return Dims(x, (self.w_contract, (*self.w_batch, *out)), self.x_ndim + n, self.w_ndim, weight_first=False)
+
+    def result_order(self, out: tuple[int, ...]) -> tuple[int, ...]:
+        """The axes of the result in the order that `with_batch(out)` has them in."""
+        lead, x, w = len(self.x_batch), len(self.x_free), len(self.w_free)
+        x_first, w_first = (lead + w, lead) if self.weight_first else (lead, lead + x)
+        place = {dim: w_first + i for i, dim in enumerate(self.w_free)}
+        rest = (place[dim] for dim in self.w_free if dim not in out)
+        return (*range(lead), *(place[dim] for dim in out), *range(x_first, x_first + x), *rest)
 
     @property
     def roles(self) -> Roles:
