@@ -234,4 +234,4 @@ def count(params: Any, adapter: Adapter) -> Count:
 
 def _trained_size(adapter: Adapter, site: Site) -> int:
     size = sum(math.prod(leaf.shape) for leaf in adapter.trained[site.path].values())
-    return size if site.layers is None else size // site.kernel.batch_shape[0] * len(site.layers)
+    return size if site.layers is None else size // site.kernel.depth * len(site.layers)

@@ -65,6 +65,16 @@ class Kernel:
         return self.sizes(self.batch)
 
     @property
+    def stack(self) -> int | None:
+        """Which of the batch axes, by its place among them, counts the stacked layers; None if all are experts."""
+        return next((i for i, axis in enumerate(self.batch) if axis not in self.experts), None)
+
+    @property
+    def depth(self) -> int:
+        """How many layers are stacked; 1 where none are."""
+        return 1 if self.stack is None else self.batch_shape[self.stack]
+
+    @property
     def fan_in(self) -> int:
         """The rows of each matrix: the product of the contracted axes."""
         return math.prod(self.sizes(self.contracted))

@@ -36,5 +36,6 @@ class Site:
         chosen = np.ones(self.kernel.batch_shape, np.float32)
         if self.layers is None:
             return chosen
-        mask = np.isin(np.arange(self.kernel.batch_shape[0]), self.layers)
-        return chosen * mask.reshape(-1, *[1] * (chosen.ndim - 1))
+        assert self.kernel.stack is not None
+        mask = np.isin(np.arange(self.kernel.depth), self.layers)
+        return chosen * mask.reshape(-1, *[1] * (chosen.ndim - 1 - self.kernel.stack))

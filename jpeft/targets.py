@@ -123,7 +123,7 @@ def is_kept(where: Targets, path: str, kernel: Kernel) -> bool:
 
 def _in_layers(layers: tuple[int, ...], patterns: tuple[str, ...], module: str, kernel: Kernel) -> bool:
     number = layer_number(module, patterns)
-    stacked = number is None and bool(kernel.batch)  # `selected_layers` chooses its slices
+    stacked = number is None and kernel.stack is not None  # `selected_layers` chooses its slices
     return stacked or number in layers
 
 
@@ -133,9 +133,9 @@ def selected_layers(where: Targets, module: str, kernel: Kernel) -> tuple[int, .
     Raises:
       SpecError: there is no such layer.
     """
-    if where.layers is None or not kernel.batch or layer_number(module, where.layers_pattern) is not None:
+    if where.layers is None or kernel.stack is None or layer_number(module, where.layers_pattern) is not None:
         return None
-    depth = kernel.batch_shape[0]
+    depth = kernel.depth
     for layer in where.layers:
         if not 0 <= layer < depth:
             raise SpecError(f"layers_to_transform: {layer} is none of the {depth} layers stacked in {module!r}")

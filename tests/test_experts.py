@@ -179,3 +179,28 @@ def test_groups_of_the_contracted_axis_are_dense():
     assert row.how == "dense"
     assert "the groups divide an axis that is contracted" in row.uses[0]
     assert_close(jpeft.lift(fn)(attached, x), fn(jpeft.apply(params, adapter), x))
+
+
+# ---- experts and layers ----
+
+
+def test_layers_are_chosen_not_experts():
+    """(experts, layers, in, out): the layers are those of the second axis."""
+    case = zoo.get("experts_ragged_scanned")
+    adapter = adapter_for(case, layers_to_transform=[2])
+    assert adapter.constant["up"]["scaling"].tolist() == [[0, 0, 1.5]] * E
+    new = jpeft.apply(case.params, adapter)
+    for name in ("up", "down"):
+        np.testing.assert_array_equal(new[name][:, :2], case.params[name][:, :2])
+        assert np.abs(new[name][:, 2] - case.params[name][:, 2]).min((1, 2)).max() > 0
+    assert_close(jax.jit(jpeft.lift(case.fn))(jpeft.attach(case.params, adapter), case.x), case.fn(new, case.x))
+    assert jpeft.count(case.params, adapter).trainable == 2 * E * (2 * D + 2 * FF)
+    with pytest.raises(jpeft.SpecError, match="3 is none of the 3 layers"):
+        adapter_for(case, layers_to_transform=[3])
+
+
+def test_experts_alone_are_no_layers():
+    """A number means nothing for experts without layers: nothing is adapted, rather than one expert."""
+    case = zoo.get("experts_ragged_swapped")
+    with pytest.raises(jpeft.SpecError):
+        adapter_for(case, layers_to_transform=[1])
