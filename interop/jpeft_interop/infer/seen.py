@@ -1,0 +1,97 @@
+"""One array of either side as the search sees it: read when used, its axes of length one left out."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jpeft.errors import WeightsError
+from jpeft_interop.arrays import host
+from jpeft_interop.layout.layout import as_numpy
+from jpeft_interop.safetensors_file import read_safetensors
+from jpeft_interop.weights import read_weights
+
+
+@dataclass(frozen=True)
+class Seen:
+    """An array.
+
+    Attributes:
+      name: a leaf's path, or a torch name.
+      full: its shape.
+      axes: those of its axes that are longer than one.
+      dtype: of the values.
+      read: makes the values, of the full shape.
+      release: gives mapped memory back.
+    """
+
+    name: str
+    full: tuple[int, ...]
+    axes: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[], np.ndarray]
+    release: Callable[[], None]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Without the axes of length one."""
+        return tuple(self.full[axis] for axis in self.axes)
+
+    @property
+    def size(self) -> int:
+        """How many values."""
+        return math.prod(self.full)
+
+    def values(self) -> np.ndarray:
+        """Of the shape without axes of length one; a view where there can be one."""
+        return self.read().reshape(self.shape)
+
+
+def seen_leaves(flat: Mapping[str, Any]) -> dict[str, Seen]:
+    """The leaves of params, by path."""
+    return {path: _seen(path, leaf, lambda leaf=leaf: host(leaf), _nothing) for path, leaf in flat.items()}
+
+
+def seen_tensors(state: Mapping[str, Any]) -> dict[str, Seen]:
+    """The tensors of a state, by name."""
+    release = getattr(state, "release", lambda _: None)
+    make = lambda key: (lambda: as_numpy(state[key], key), lambda: release(key))
+    return {key: _seen(key, state[key], *make(key)) for key in state}
+
+
+def open_state(state: Any) -> Mapping[str, Any]:
+    """A mapping from torch names to tensors, of one, or of a file or a folder of safetensors (mapped into memory).
+
+    Raises:
+      WeightsError: it is neither.
+    """
+    if isinstance(state, Mapping):
+        return state
+    if not isinstance(state, (str, os.PathLike)):
+        raise WeightsError(f"expected a state dict, or the path of a file or a folder of safetensors; found {state!r}")
+    path = Path(state)
+    return read_weights(path) if path.is_dir() else read_safetensors(path, WeightsError)[0]
+
+
+def _seen(name: str, array: Any, read: Callable[[], np.ndarray], release: Callable[[], None]) -> Seen:
+    full = tuple(array.shape)
+    axes = tuple(axis for axis, length in enumerate(full) if length != 1)
+    return Seen(name, full, axes, _dtype(array.dtype), read, release)
+
+
+def _dtype(dtype: Any) -> np.dtype:
+    """NumPy's, of torch's as well."""
+    name = str(dtype).removeprefix("torch.")
+    import ml_dtypes
+
+    return np.dtype(getattr(ml_dtypes, name)) if hasattr(ml_dtypes, name) else np.dtype(name)
+
+
+def _nothing() -> None:
+    pass
