@@ -14,11 +14,11 @@ from jax.typing import DTypeLike
 import jpeft
 from jpeft.errors import AdapterError, WeightsError
 from jpeft.tree import flatten, replace
+from jpeft_interop.adapter_head import LABEL_LAYERS, labels_of
 from jpeft_interop.load_model import hf_folder, load_model, read_config
-from jpeft_interop.load_peft import WEIGHTS, load_peft, read_peft_config
+from jpeft_interop.load_peft import load_peft, read_peft_config
 from jpeft_interop.models import ModelError, Output, build, family, pure
 from jpeft_interop.models.reading import number_of_labels
-from jpeft_interop.safetensors_file import read_safetensors
 from jpeft_interop.weights import read_weights
 
 
@@ -147,7 +147,10 @@ def load_adapted(
     if task is CAUSAL_LM:
         base = load_base(folder, task, dtype=dtype)
     else:  # the head's values are in the adapter; these only give it a place
-        labels = _labels_in(adapter_folder, hf_folder(folder))
+        labels = labels_of(adapter_folder)
+        if labels is None:
+            names = ", ".join(LABEL_LAYERS)
+            raise AdapterError(f"{adapter_folder}: expected the weights of a classifier's head ({names}); found none")
         base = load_base(folder, task, dtype=dtype, labels=labels, key=jax.random.key(0))
     return base, load_peft(adapter_folder, base.params)
 
@@ -159,16 +162,3 @@ def _task_of(adapter_folder: str | Path) -> TaskKind:
         known = ", ".join(kind.peft for kind in TASKS.values())
         raise AdapterError(f"{adapter_folder}: expected a task_type of {known}; found {stated!r}")
     return found
-
-
-def _labels_in(adapter_folder: str | Path, folder: Path) -> int:
-    """How many classes the head in an adapter's file tells apart."""
-    tensors, _ = read_safetensors(Path(adapter_folder) / WEIGHTS)
-    heads = family(read_config(folder).get("model_type")).heads
-    for key in tensors:
-        *_, module, leaf = ["", *key.split(".")]
-        if module in heads and leaf == "weight":
-            return tensors.spec(key).shape[0]
-    raise AdapterError(
-        f"{adapter_folder}: expected the weights of a classifier's head ({', '.join(heads)}); found none"
-    )

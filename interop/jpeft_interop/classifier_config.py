@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from jpeft_interop.adapter_head import labels_of
 from jpeft_interop.base import CLASSIFICATION
-from jpeft_interop.load_peft import WEIGHTS, read_peft_config
+from jpeft_interop.load_peft import read_peft_config
 from jpeft_interop.models import family
-from jpeft_interop.safetensors_file import read_safetensors
 
 
 def with_adapters_head(config: Mapping[str, Any], adapter: Path) -> dict[str, Any]:
@@ -26,20 +26,10 @@ def with_adapters_head(config: Mapping[str, Any], adapter: Path) -> dict[str, An
         return dict(config)
     known = family(config.get("model_type"))
     classes = [name for name, _ in known.architectures if name.endswith(CLASSIFICATION.endings)]
-    labels = _labels(adapter, known.heads)
+    labels = labels_of(adapter)
     if not classes or labels is None:
         return dict(config)
     names = {str(number): f"LABEL_{number}" for number in range(labels)}
     plain = {key: value for key, value in config.items() if key != "num_labels"}
     numbers = {name: int(number) for number, name in names.items()}
     return plain | {"architectures": classes[:1], "id2label": names, "label2id": numbers}
-
-
-def _labels(adapter: Path, heads: tuple[str, ...]) -> int | None:
-    """How many rows the head's weight has in the adapter's file."""
-    tensors, _ = read_safetensors(adapter / WEIGHTS)
-    for key in tensors:
-        *_, module, leaf = ["", *key.split(".")]
-        if module in heads and leaf == "weight":
-            return tensors.spec(key).shape[0]
-    return None
