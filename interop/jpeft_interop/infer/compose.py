@@ -43,8 +43,8 @@ def compose(leaf: Seen, pieces: Sequence[Piece], kinds: Mapping[str, Kind], widt
     Raises:
       WeightsError: the notation can't say how the pieces lie.
     """
-    if len({piece.scale for piece in pieces}) > 1:
-        raise WeightsError(f"{leaf.name!r}: its parts have different scales, {sorted({p.scale for p in pieces})}")
+    if len(terms := {(piece.scale, piece.offset) for piece in pieces}) > 1:
+        raise WeightsError(f"{leaf.name!r}: its parts have different scales or offsets, {sorted(terms)}")
     found = list(strands(pieces))
     atoms = {(axis, block): _atoms(leaf, axis, block, found) for axis, block in _blocks(leaf, found)}
     naming = Naming(width)
@@ -56,7 +56,7 @@ def compose(leaf: Seen, pieces: Sequence[Piece], kinds: Mapping[str, Kind], widt
         for strand in found
     )
     sizes = {naming.of(atom): atom.size for row in atoms.values() for atom in row}
-    return Place(axes, torch, tuple(sorted(sizes.items())), pieces[0].scale)
+    return Place(axes, torch, tuple(sorted(sizes.items())), pieces[0].scale, pieces[0].offset)
 
 
 def _blocks(leaf: Seen, found: Sequence[Strand]) -> list[tuple[int, Block]]:

@@ -44,9 +44,13 @@ def read_digits(places: np.ndarray) -> tuple[int, list[Digit]] | None:
       >>> read_digits(np.array([0, 2, 4, 1, 3, 5]))
       (0, [Digit(size=3, torch=1, leaf=2), Digit(size=2, torch=3, leaf=1)])
     """
+    return _read(places, 1.0) or _read(places, AGREEMENT)
+
+
+def _read(places: np.ndarray, agreement: float) -> tuple[int, list[Digit]] | None:
     digits, block, length = [], 1, len(places)
     while block < length:
-        found = _digit(places, block)
+        found = _digit(places, block, agreement)
         if found is None:
             return None
         digits.append(found)
@@ -60,10 +64,10 @@ def read_digits(places: np.ndarray) -> tuple[int, list[Digit]] | None:
         return None
     start = _most_common(places[known] - expected[known])
     agree = places[known] == expected[known] + start
-    return (start, digits) if agree.mean() >= AGREEMENT else None
+    return (start, digits) if agree.mean() >= agreement else None
 
 
-def _digit(places: np.ndarray, block: int) -> Digit | None:
+def _digit(places: np.ndarray, block: int, agreement: float) -> Digit | None:
     """The digit whose weight in torch's index is `block`."""
     count = len(places) // block
     rows = places.reshape(count, block)
@@ -76,7 +80,7 @@ def _digit(places: np.ndarray, block: int) -> Digit | None:
     if not len(chosen):
         return None
     weight = _most_common(chosen)
-    size = _longest(count, step, known, weight)
+    size = _longest(count, step, known, weight, agreement)
     return Digit(size, block, weight) if size > 1 else None
 
 
@@ -85,19 +89,19 @@ def _steps(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return rows[1:] - rows[:-1], known
 
 
-def _longest(count: int, step: np.ndarray, known: np.ndarray, weight: int) -> int:
+def _longest(count: int, step: np.ndarray, known: np.ndarray, weight: int, agreement: float) -> int:
     """The largest divisor of `count` within whose runs the known steps are the weight."""
     right = np.where(known, step == weight, False).sum(axis=1)
     total = known.sum(axis=1)
     divisors = (size for size in range(count, 1, -1) if count % size == 0)
-    return next((size for size in divisors if _runs(right, total, size)), 1)
+    return next((size for size in divisors if _runs(right, total, size, agreement)), 1)
 
 
-def _runs(right: np.ndarray, total: np.ndarray, size: int) -> bool:
+def _runs(right: np.ndarray, total: np.ndarray, size: int, agreement: float) -> bool:
     """Whether the steps within runs of this length agree, at each position of the run: a run ends where they don't."""
     position = np.arange(1, len(right) + 1) % size
     agree, found = (np.bincount(position, values, size)[1:] for values in (right, total))
-    return bool(found.sum() and (agree >= AGREEMENT * found).all())
+    return bool(found.sum() and (agree >= agreement * found).all())
 
 
 def _most_common(values: np.ndarray) -> int:

@@ -20,7 +20,8 @@ class Piece:
       box: from where up to where, along each axis of the tensor.
       start: the leaf's index of the box's first value.
       full: the tensor's shape.
-      scale: the leaf holds `scale` times what torch has.
+      scale: the leaf holds `scale` times what torch has, and
+      offset: this more.
     """
 
     path: str
@@ -30,6 +31,7 @@ class Piece:
     start: tuple[int, ...]
     full: tuple[int, ...]
     scale: float = 1.0
+    offset: float = 0.0
 
     @property
     def size(self) -> int:

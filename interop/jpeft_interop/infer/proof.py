@@ -11,8 +11,6 @@ from jpeft_interop.infer.fingerprints import cast
 from jpeft_interop.infer.seen import Seen
 from jpeft_interop.layout.layout import Layout, as_numpy
 
-NARROWEST = 8  # units in the last place that a scale other than a power of two may be rounded by, twice
-
 
 def narrower(one: np.dtype, other: np.dtype) -> np.dtype:
     """Of two dtypes, the one with fewer bits; the first where they have as many."""
@@ -23,7 +21,7 @@ def differing(layout: Layout, key: str, flat: Mapping[str, Any], tensor: Seen, t
     """What is different between a tensor and what the layout makes of the leaves; None where they are the same."""
     links = layout.by_key[key]
     made, there = layout.tensor(key, flat), tensor.read()
-    wrong = mismatch(made, there, links[0].scale, tolerance)
+    wrong = mismatch(made, there, links[0].scale, links[0].offset, tolerance)
     tensor.release()
     if wrong is None:
         return None
@@ -35,12 +33,14 @@ def differing(layout: Layout, key: str, flat: Mapping[str, Any], tensor: Seen, t
     )
 
 
-def leaf_differs(layout: Layout, path: str, leaf: Seen, state: Mapping[str, Any], keys: Any) -> str | None:
+def leaf_differs(
+    layout: Layout, path: str, leaf: Seen, state: Mapping[str, Any], keys: Any, tolerance: float | None
+) -> str | None:
     """What is different between a leaf and what the layout makes of the tensors, where it is padded."""
     place = layout[path]
     tensors = {key: as_numpy(state[key], key) for key in {link.key for link in layout.links[path]} & set(keys)}
     made, there = layout.leaf(path, tensors), leaf.read()
-    wrong = mismatch(there, made, place.scale, None)
+    wrong = mismatch(there, made, place.scale, place.offset, tolerance)
     if wrong is None:
         return None
     at = tuple(int(i) for i in np.argwhere(wrong)[0])
@@ -50,21 +50,20 @@ def leaf_differs(layout: Layout, path: str, leaf: Seen, state: Mapping[str, Any]
     )
 
 
-def mismatch(one: np.ndarray, other: np.ndarray, scale: float, tolerance: float | None) -> np.ndarray | None:
+def mismatch(
+    one: np.ndarray, other: np.ndarray, scale: float, offset: float, tolerance: float | None
+) -> np.ndarray | None:
     """Where they differ, once both are of the narrower dtype; None if nowhere."""
     dtype = narrower(one.dtype, other.dtype)
     one, other = cast(one, dtype), cast(other, dtype)
-    if tolerance is None and scale == 1.0:
+    if tolerance is None and (scale, offset) == (1.0, 0.0):
         kind = f"u{dtype.itemsize}"
         wrong = np.ascontiguousarray(one).view(kind) != np.ascontiguousarray(other).view(kind)
     else:
-        wide = [array.astype(np.promote_types(dtype, np.float32)) for array in (one, other)]
-        room = tolerance if tolerance is not None else 2 * _epsilon(dtype)
-        wrong = (
-            ~(np.abs(wide[0] - wide[1]) <= room * np.abs(wide[1]).max(initial=0))
-            if tolerance is not None
-            else ~(np.abs(wide[0] - wide[1]) <= room * np.abs(wide[1]))
-        )
+        mine, theirs = (array.astype(np.promote_types(dtype, np.float32)) for array in (one, other))
+        size = np.abs(theirs)
+        room = 2 * _epsilon(dtype) * (size + abs(offset / scale))
+        wrong = ~(np.abs(mine - theirs) <= (room if tolerance is None else tolerance * size.max(initial=0)))
     wrong = wrong.reshape(one.shape)
     return wrong if wrong.any() else None
 
@@ -91,5 +90,5 @@ def all_wrong(
             yield wrong
         tick(tensors[key])
     for path in padded:
-        if wrong := leaf_differs(layout, path, leaves[path], state, tensors):
+        if wrong := leaf_differs(layout, path, leaves[path], state, tensors, tolerance):
             yield wrong

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,6 +20,10 @@ from jpeft_interop.infer.scales import find_scaled
 from jpeft_interop.infer.seen import Seen
 from jpeft_interop.infer.siblings import beside
 from jpeft_interop.infer.wholes import Spot, Tick, block, find_spots, fingerprints_of, piece_at, whole_box
+from jpeft_interop.layout.link import to_leaf
+
+# what norms that torch keeps as a distance from 1 have more here, and the other way round
+OFFSETS = (1.0, -1.0)
 
 
 @dataclass
@@ -34,7 +39,7 @@ class Found:
     """
 
     leaves: Mapping[str, Seen]
-    tensors: Mapping[str, Seen]
+    tensors: dict[str, Seen]
     search: Search
     pieces: list[Piece] = field(default_factory=list)
     unclear: list[str] = field(default_factory=list)
@@ -60,30 +65,73 @@ class Found:
 
 def find_pieces(leaves: Mapping[str, Seen], tensors: Mapping[str, Seen], dtype: np.dtype, tick: Tick) -> Found:
     """The pieces, and what is unclear."""
-    found = Found(leaves, tensors, Search(dtype))
+    found = Found(leaves, dict(tensors), Search(dtype))
+    classes = _classes(leaves, tensors, dtype, tick)
+    spots = {key: each.spots for each in classes for key in each.keys}
+    _place_sure(found, classes)
+    _find_parts(found)
+    found.pieces += beside(found.open_tensors(), leaves, found.pieces, dtype)
+    found.pieces += _once(
+        found, find_scaled({p: leaves[p] for p in found.open_leaves()}, _lacking(found, spots), found.search)
+    )
+    for constant in (False, True):
+        _resolve_all(found, classes, constant=constant)
+        found.pieces += beside(found.open_tensors(), leaves, found.pieces, dtype)
+    for offset in OFFSETS:
+        _find_offset(found, offset)
+    found.pieces += find_changed(found.open_tensors(), leaves, found.open_leaves(), found.pieces, dtype)
+    return found
+
+
+class Class(NamedTuple):
+    """Equal tensors, the slices that are equal to them, and whether all their values are one."""
+
+    keys: list[str]
+    spots: list[Spot]
+    constant: bool
+
+
+def _classes(leaves: Mapping[str, Seen], tensors: Mapping[str, Seen], dtype: np.dtype, tick: Tick) -> list[Class]:
     prints = fingerprints_of(tensors, dtype, tick)
     spots = find_spots(leaves, tensors, prints, dtype, tick)
     groups: dict[tuple[int, int], list[str]] = defaultdict(list)
     for key, value in prints.items():
         if spots[key]:
             groups[tensors[key].size, value].append(key)
-    classes = [(keys, spots[keys[0]]) for keys in groups.values()]
-    constant = {keys[0]: is_constant(tensors[keys[0]]) for keys, _ in classes}
-    for keys, where in classes:
-        if len(where) == 1 and not constant[keys[0]]:
+    return [Class(keys, spots[keys[0]], is_constant(tensors[keys[0]])) for keys in groups.values()]
+
+
+def _place_sure(found: Found, classes: Sequence[Class]) -> None:
+    """Those that can be but one slice."""
+    for keys, where, constant in classes:
+        if len(where) == 1 and not constant:
             _place(found, dict.fromkeys(keys, where[0]), constant=False)
-    _find_parts(found)
-    found.pieces += beside(found.open_tensors(), leaves, found.pieces, dtype)
-    found.pieces += _once(
-        found, find_scaled({p: leaves[p] for p in found.open_leaves()}, _lacking(found, spots), found.search)
-    )
-    for several in (False, True):
-        for keys, where in classes:
-            if constant[keys[0]] is several:
-                _resolve(found, keys, where, constant[keys[0]])
-        found.pieces += beside(found.open_tensors(), leaves, found.pieces, dtype)
-    found.pieces += find_changed(found.open_tensors(), leaves, found.open_leaves(), found.pieces, dtype)
-    return found
+
+
+def _resolve_all(found: Found, classes: Sequence[Class], *, constant: bool) -> None:
+    for each in classes:
+        if each.constant is constant:
+            _resolve(found, *each)
+
+
+def _find_offset(found: Found, offset: float) -> None:
+    """Vectors that leaves hold a constant more of."""
+    more = {
+        key: replace(tensor, read=lambda read=tensor.read: to_leaf(read(), 1.0, offset))
+        for key, tensor in found.open_tensors().items()
+        if len(tensor.shape) == 1
+    }
+    leaves = {path: found.leaves[path] for path in found.open_leaves()}
+    if not more or not leaves:
+        return
+    shifted = Found(found.leaves, found.tensors | more, found.search, list(found.pieces))
+    classes = _classes(leaves, more, found.search.dtype, lambda _: None)
+    _place_sure(shifted, classes)
+    for constant in (False, True):
+        _resolve_all(shifted, classes, constant=constant)
+    found.pieces += [replace(piece, offset=offset) for piece in shifted.pieces[len(found.pieces) :]]
+    found.unclear += shifted.unclear
+    found.told |= shifted.told
 
 
 def is_constant(tensor: Seen) -> bool:
@@ -93,7 +141,7 @@ def is_constant(tensor: Seen) -> bool:
 
 
 def _lacking(found: Found, spots: Mapping[str, Sequence[Spot]]) -> dict[str, Seen]:
-    return {key: tensor for key, tensor in found.open_tensors().items() if not spots[key]}
+    return {key: tensor for key, tensor in found.open_tensors().items() if key not in spots}
 
 
 def _once(found: Found, pieces) -> list[Piece]:

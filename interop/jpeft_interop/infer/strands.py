@@ -54,7 +54,7 @@ def strands(pieces: Sequence[Piece]) -> Iterator[Strand]:
     """The pieces of one leaf, joined where they can be."""
     groups: dict[object, list[Piece]] = defaultdict(list)
     for piece in pieces:
-        groups[NUMBER.sub("{}", piece.key), frozenset(piece.digits), piece.box, piece.scale].append(piece)
+        groups[NUMBER.sub("{}", piece.key), frozenset(piece.digits), piece.box, piece.scale, piece.offset].append(piece)
     for group in groups.values():
         joined = _join(group)
         yield from [joined] if joined else (Strand(piece, ()) for piece in group)
