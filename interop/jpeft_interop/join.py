@@ -113,13 +113,14 @@ class Joined:
         batch, adapted = self.kernel.batch_shape, self._adapted
         if adapted.all():
             return None
-        firsts = sorted({index[0] for index in self.by_index})
-        if np.count_nonzero(adapted) != len(firsts) * math.prod(batch[1:]):
+        stack = self.kernel.stack
+        found = [] if stack is None else sorted({index[stack] for index in self.by_index})
+        if np.count_nonzero(adapted) != len(found) * (math.prod(batch) // self.kernel.depth):
             raise AdapterError(
                 f"{self.file}: of the weights stacked in {self.pieces[0].link.path!r} only some have factors: "
                 f"{sorted(self.by_index)}"
             )
-        return tuple(firsts)
+        return tuple(found)
 
     @cached_property
     def trained(self) -> Leaves:

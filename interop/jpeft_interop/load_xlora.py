@@ -26,7 +26,7 @@ from jpeft.xlora.classifier import Dense
 from jpeft.xlora.mixture import check_experts
 from jpeft_interop.json_file import read_json_object
 from jpeft_interop.layout import Layout, default_layout
-from jpeft_interop.layout.factors import batch_index
+from jpeft_interop.layout.factors import batch_index, is_adapted
 from jpeft_interop.load_peft import CONFIG, WEIGHTS, load_peft
 from jpeft_interop.safetensors_file import read_safetensors
 from jpeft_interop.xlora_config import XLoraConfig, read_xlora_config
@@ -181,10 +181,7 @@ def _in_order(experts: Mapping[str, Adapter], order: Sequence[str] | None, layou
     for site in sites:
         _check_alone(site, layout)
     adapted = {
-        link.key.removesuffix(".weight")
-        for site in sites
-        for link in layout.links[site.path]
-        if site.layers is None or batch_index(link, site.kernel)[0] in site.layers
+        link.key.removesuffix(".weight") for site in sites for link in layout.links[site.path] if is_adapted(site, link)
     }
     if order is None:
         raise AdapterError(

@@ -18,7 +18,7 @@ from jpeft.errors import AdapterError
 from jpeft.kernel import Kernel
 from jpeft.site import Site
 from jpeft_interop.layout import Layout, Link
-from jpeft_interop.layout.factors import at_batch, batch_index, matrix_of
+from jpeft_interop.layout.factors import at_batch, is_adapted, matrix_of
 from jpeft_interop.layout.geometry import BATCH, OUTPUT
 from jpeft_interop.lora_keys import Leaves
 from jpeft_interop.peft_keys import KEYS, Spot, spot_of
@@ -80,9 +80,8 @@ def _links(site: Site, layout: Layout) -> Iterator[Link]:
     for link in layout.links[site.path]:
         if link.kind == "plain":
             raise AdapterError(f"{site.path!r} lies in {link.key!r}, which the layout has for the weight of no product")
-        chosen = site.layers is None or batch_index(link, site.kernel)[0] in site.layers
         spot = spot_of(link, site.kernel, layout)
-        if chosen and (site.use is None or (site.use == "product") == spot.as_head):
+        if is_adapted(site, link) and (site.use is None or (site.use == "product") == spot.as_head):
             yield link
 
 

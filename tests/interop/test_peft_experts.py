@@ -99,6 +99,38 @@ def test_experts_apart_here_and_stacked_in_torch(tmp_path):
     assert first.keys() == second.keys() and all(np.array_equal(first[key], second[key]) for key in first)
 
 
+def test_experts_outside_the_layers(tmp_path):
+    """(experts, layers, …): the layers that the file has are found on their own axis."""
+    module = base(mixtral)
+    state = {key: tensor.numpy() for key, tensor in module.state_dict().items() if "down_proj" in key}
+    key = "model.layers.{l}.mlp.experts.down_proj"
+    shape = {"down": np.empty((3, 2, 24, 16))}
+    layout = Layout.of(shape, {"down": Place.of("e l f d", {key: ("e d f", "experts")})})
+    params = layout.from_torch(state)
+    theirs = adapted(module, r=2, target_modules=[], target_parameters=["1.mlp.experts.down_proj"])
+    adapter = load_peft(save(theirs, tmp_path / "theirs"), params, layout=layout)
+    assert adapter.sites[0].layers == (1,) and adapter.sites[0].kernel.experts == (0,)
+    expected = theirs.merge_and_unload().state_dict()
+    for name, tensor in layout.arrays(jpeft.merge(params, adapter)).items():
+        np.testing.assert_allclose(tensor, expected[name].numpy(), atol=1e-5)
+    save_peft(tmp_path / "ours", adapter, params=params, layout=layout)
+    first, second = load_file(tmp_path / "theirs" / WEIGHTS), load_file(tmp_path / "ours" / WEIGHTS)
+    assert first.keys() == second.keys() and all(np.array_equal(first[key], second[key]) for key in first)
+
+
+def test_one_a_for_all_experts_is_repeated_in_the_file(tmp_path):
+    module = base(mixtral)
+    params = params_from_torch(module)
+    spec = jpeft.LoRA(rank=2, alpha=3, targets=["experts.down_proj"], share_a=True)
+    adapter = jpeft.init(jax.random.key(0), spec, params, layout=default_layout(flatten(params)))
+    noise = lambda leaf: leaf + 0.1 * np.random.default_rng(leaf.size).standard_normal(leaf.shape).astype(leaf.dtype)
+    adapter = adapter.replace(trained=jax.tree.map(noise, adapter.trained))
+    assert adapter.trained["model/layers/0/mlp/experts/down_proj"]["a"].shape == (1, 24, 2)
+    save_peft(tmp_path / "ours", adapter, params=params)
+    loaded, _ = load(module, tmp_path / "ours")
+    assert largest_difference(jpeft.merge(params, adapter), params_from_torch(loaded.merge_and_unload())) < 1e-5
+
+
 def test_what_peft_has_not_for_parameters_is_refused(tmp_path):
     params = params_from_torch(base(mixtral))
     layout = default_layout(flatten(params))

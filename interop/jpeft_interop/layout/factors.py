@@ -13,6 +13,7 @@ import numpy as np
 
 from jpeft.errors import AdapterError
 from jpeft.kernel import Kernel
+from jpeft.site import Site
 from jpeft_interop.layout.axes import Axis
 from jpeft_interop.layout.geometry import BATCH, OUTPUT, contracted_axes
 from jpeft_interop.layout.link import Link, Side, assign, named, whole
@@ -77,6 +78,11 @@ def batch_index(link: Link, kernel: Kernel) -> tuple[int, ...]:
     """Where on the batch axes the first of a torch matrix's weights is."""
     places = at_batch(np.arange(int(np.prod(kernel.batch_shape))).reshape(kernel.batch_shape), link, kernel)
     return tuple(int(i) for i in np.unravel_index(int(np.min(places)), kernel.batch_shape))
+
+
+def is_adapted(site: Site, link: Link) -> bool:
+    """Whether an adapter acts on a torch matrix: of a stack, those of some layers may be left alone."""
+    return bool(np.any(at_batch(site.chosen, link, site.kernel)))
 
 
 def _rank_of(array: np.ndarray, leaf: str, batch: int) -> int:
