@@ -50,6 +50,7 @@ JPEFT_INTEROP = (
     "Place",
     "export_model",
     "generate",
+    "infer_layout",
     "load_adapters",
     "load_layout",
     "load_model",

@@ -4,6 +4,7 @@ from jpeft_interop.adapter_folders import load_adapters as load_adapters
 from jpeft_interop.adapter_folders import save_adapters as save_adapters
 from jpeft_interop.export_model import export_model as export_model
 from jpeft_interop.generate import generate as generate
+from jpeft_interop.infer import infer_layout as infer_layout
 from jpeft_interop.layout import Layout as Layout
 from jpeft_interop.layout import Place as Place
 from jpeft_interop.layout import load_layout as load_layout

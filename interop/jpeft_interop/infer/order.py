@@ -100,8 +100,9 @@ def inner_order(
 def _lines(array: np.ndarray, keep: Keep, which: np.ndarray) -> np.ndarray:
     """Of the slices along `keep`, some, each flat."""
     moved = array.transpose(*keep, *rest(array.ndim, keep))
-    at = np.unravel_index(which, [array.shape[axis] for axis in keep]) if keep else ()
-    return moved[at].reshape(len(which), -1)
+    if not keep:  # the whole is the one slice
+        return np.broadcast_to(moved.reshape(1, -1), (len(which), array.size))
+    return moved[np.unravel_index(which, [array.shape[axis] for axis in keep])].reshape(len(which), -1)
 
 
 def _pairs(torch: tuple[int, ...], block: tuple[int, ...]) -> Iterator[tuple[Keep, Keep]]:
