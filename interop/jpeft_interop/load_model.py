@@ -26,6 +26,7 @@ from jpeft_interop.fit import some
 from jpeft_interop.gguf import convert_gguf, gguf_file
 from jpeft_interop.json_file import read_json_object
 from jpeft_interop.models import Output, build, family, pure
+from jpeft_interop.stacks import join_stacks
 from jpeft_interop.torch_table import TorchKey, nest, to_jax
 from jpeft_interop.weights import INDEX, SINGLE, Weights, read_weights
 
@@ -63,14 +64,16 @@ def load_model(
     """
     asked = None if dtype is None else _floating(dtype)
     folder = hf_folder(folder)
-    config, weights = read_config(folder), read_weights(folder)
+    config = read_config(folder)
+    known = family(config.get("model_type"))
+    weights = join_stacks(read_weights(folder), known.stacks)
     dtype = asked or _own_dtype(weights, folder)
 
     def make(rngs: nnx.Rngs | None = None) -> nnx.Module:
         return build(config, dtype, architecture, rngs=rngs)
 
     forward, abstract = pure(nnx.eval_shape(make))
-    shapes, known = flatten(abstract), family(config.get("model_type"))
+    shapes = flatten(abstract)
     table = model_table(shapes, known)
     name = architecture or str(next(iter(config.get("architectures") or ["the model"])))
     found = match(weights, table, shapes, known, name)

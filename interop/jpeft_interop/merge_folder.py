@@ -31,6 +31,7 @@ from jpeft_interop.fit import some
 from jpeft_interop.load_model import hf_folder, read_config
 from jpeft_interop.models import Family, build, family, pure
 from jpeft_interop.save_model import save_model
+from jpeft_interop.stacks import join_stacks
 from jpeft_interop.torch_table import TorchKey, nest, to_jax, to_torch_shape
 from jpeft_interop.weights import Weights, read_weights
 
@@ -132,7 +133,8 @@ class _Base:
 
 
 def _base(folder: Path, config: Mapping[str, Any]) -> _Base:
-    weights, known = read_weights(folder), family(config.get("model_type"))
+    known = family(config.get("model_type"))
+    weights = join_stacks(read_weights(folder), known.stacks)
     shapes = _shapes(config)
     table = model_table(shapes, known)
     found = match(weights, table, shapes, known, str(next(iter(config.get("architectures") or ["the model"]))))

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from jpeft_interop.checkpoint import model_table
 from jpeft_interop.fit import require_same_paths, require_same_shapes
 from jpeft_interop.load_model import CONFIG
 from jpeft_interop.models import Family, build, family, pure
+from jpeft_interop.stacks import split_stack
 from jpeft_interop.torch_table import Table, TorchKey, to_torch, to_torch_shape
 from jpeft_interop.weights import LazyArray, is_weights_file, write_weights
 
@@ -91,11 +93,17 @@ def json_of(config: Mapping[str, Any]) -> str:
 
 
 def _tensors(flat: Mapping[str, Any], table: Table, known: Family) -> Iterator[tuple[str, LazyArray]]:
+    @lru_cache(maxsize=2)  # parts come one by one: the two stacks of a layer are not made anew for each
+    def whole(path: str) -> np.ndarray:
+        return _tensor(flat[path], table[path])
+
     for path, entry in table.items():
         leaf = flat[path]
-        shape = to_torch_shape(tuple(leaf.shape), entry)
-        name, dtype = known.file_name(entry.key), np.dtype(leaf.dtype)
-        yield name, LazyArray(shape, dtype, lambda leaf=leaf, entry=entry: _tensor(leaf, entry))
+        name, shape = known.file_name(entry.key), to_torch_shape(tuple(leaf.shape), entry)
+        parts = split_stack(name, shape, known.stacks)
+        for key, part_shape, piece in parts or [(name, shape, None)]:
+            make = partial(_tensor, leaf, entry) if piece is None else lambda path=path, piece=piece: whole(path)[piece]
+            yield key, LazyArray(part_shape, np.dtype(leaf.dtype), make)
 
 
 def _tensor(leaf: Any, entry: TorchKey) -> np.ndarray:

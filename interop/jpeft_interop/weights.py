@@ -8,9 +8,9 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from jpeft.errors import WeightsError
 from jpeft_interop.fit import ArraySpec, some
 from jpeft_interop.json_file import is_plain_name
 from jpeft_interop.json_file import read_json_object as read_json_object
-from jpeft_interop.safetensors_file import PICKLES, Tensors, nbytes, write_safetensors
+from jpeft_interop.safetensors_file import PICKLES, nbytes, write_safetensors
 from jpeft_interop.safetensors_file import LazyArray as LazyArray
 from jpeft_interop.safetensors_file import read_safetensors as read_safetensors
 
@@ -28,10 +28,26 @@ METADATA = {"format": "pt"}  # transformers asks for it
 CHUNK = 1 << 24
 
 
+class Source(Protocol):
+    """What tensors are read from: a file, see `Tensors`."""
+
+    path: str
+
+    def __getitem__(self, key: str) -> np.ndarray: ...
+
+    def spec(self, key: str) -> ArraySpec:
+        """Shape and dtype, without touching the data."""
+        ...
+
+    def release(self, key: str) -> None:
+        """Give the tensor's memory back to the system."""
+        ...
+
+
 class Weights(Mapping[str, np.ndarray]):
     """The tensors of a folder by torch key, each in the file where it lies; see `Tensors`."""
 
-    def __init__(self, files: Mapping[str, Tensors]):
+    def __init__(self, files: Mapping[str, Source]):
         self._files = files
 
     def __getitem__(self, key: str) -> np.ndarray:
@@ -50,6 +66,10 @@ class Weights(Mapping[str, np.ndarray]):
     def spec(self, key: str) -> ArraySpec:
         """Shape and dtype, without touching the data."""
         return self._files[key].spec(key)
+
+    def with_sources(self, without: Collection[str], sources: Mapping[str, Source]) -> Weights:
+        """Without some of the tensors, and with others from elsewhere."""
+        return Weights({key: file for key, file in self._files.items() if key not in without} | dict(sources))
 
     def same(self, one: str, other: str) -> bool:
         """Whether two tensors are equal bit for bit."""

@@ -321,7 +321,7 @@ def test_inputs_that_do_not_fit_are_named(inputs, words):
         ({}, "LlamaForTokenClassification", "'LlamaForTokenClassification' is not supported .* LlamaForCausalLM"),
         ({}, None, "the config names no architecture"),
         ({"hidden_act": "mish"}, "LlamaModel", "activation 'mish' is not supported"),
-        ({"rope_scaling": {"type": "longrope"}}, "LlamaModel", "'longrope' is not supported; supported: default"),
+        ({"rope_scaling": {"type": "proportional"}}, "LlamaModel", "'proportional' is not supported; supported: defa"),
         ({"rope_scaling": {"type": "linear"}}, "LlamaModel", "needs 'factor'"),
         ({"partial_rotary_factor": 0.5}, "LlamaModel", "partial_rotary_factor 0.5"),
         ({"rope_parameters": {"full_attention": {}}}, "LlamaModel", "differ by layer"),

@@ -10,7 +10,7 @@ from jpeft_interop.models.cache import Cache, next_slots
 from jpeft_interop.models.errors import ModelError
 
 
-def attend(query: Array, key: Array, value: Array, mask: Array | None, scale: float) -> Array:
+def attend(query: Array, key: Array, value: Array, mask: Array | None, scale: float, cap: float | None = None) -> Array:
     """softmax(scale · Q Kᵀ) V, the softmax in fp32.
 
     A row with nothing to attend to (a padding token on the left) averages all values, as transformers' eager attention
@@ -22,6 +22,7 @@ def attend(query: Array, key: Array, value: Array, mask: Array | None, scale: fl
       value: as `key`.
       mask: True where attention is allowed, `(batch or 1, time or 1, slots)`; None allows all.
       scale: what the scores are multiplied by.
+      cap: what the scores stay below by a tanh, see `capped`.
 
     Returns:
       `(batch, time, heads * head_dim)`, in the query's dtype.
@@ -34,11 +35,17 @@ def attend(query: Array, key: Array, value: Array, mask: Array | None, scale: fl
     rows = rows.reshape(batch, kv_heads, group * time, head_dim)
     scores = jnp.einsum("bkrd,bksd->bkrs", rows, key.transpose(0, 2, 1, 3), preferred_element_type=jnp.float32)
     scores = scores.reshape(batch, kv_heads, group, time, slots) * scale
+    scores = capped(scores, cap)
     if mask is not None:
         scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(query.dtype).reshape(batch, kv_heads, group * time, slots)
     mixed = jnp.einsum("bkrs,bksd->bkrd", weights, value.transpose(0, 2, 1, 3))
     return mixed.reshape(batch, heads, time, head_dim).transpose(0, 2, 1, 3).reshape(batch, time, heads * head_dim)
+
+
+def capped(x: Array, cap: float | None) -> Array:
+    """cap · tanh(x / cap): nearly `x` where it is small, never beyond ±cap; `x` itself where that is None."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
 
 
 def causal_mask(

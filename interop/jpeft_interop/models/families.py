@@ -25,6 +25,7 @@ from jpeft_interop.models.distilbert import (
     read_distilbert,
 )
 from jpeft_interop.models.errors import ModelError
+from jpeft_interop.models.gemma_config import read_gemma
 from jpeft_interop.models.gpt2 import GPT2ForSequenceClassification, GPT2LMHeadModel, GPT2Model, read_gpt2
 from jpeft_interop.models.llama import LlamaForCausalLM, LlamaForSequenceClassification, LlamaModel
 from jpeft_interop.models.llama_config import read_llama
@@ -34,6 +35,7 @@ from jpeft_interop.models.roberta import (
     RobertaModel,
     read_roberta,
 )
+from jpeft_interop.models.stack import Stack
 from jpeft_interop.models.t5 import T5EncoderModel, T5ForConditionalGeneration, read_t5
 from jpeft_interop.models.vit import ViTForImageClassification, ViTModel, read_vit
 from jpeft_interop.models.whisper import WhisperForConditionalGeneration, WhisperModel, read_whisper
@@ -56,6 +58,7 @@ class Family:
       with_head: modules that only a model with a head has, where no prefix tells it from one without.
       file_names: parts of names that files have, and what they stand for in the module, in the order of replacement.
         Where torch has renamed its modules and left its files alone.
+      stacks: parameters of the module that files hold in parts.
     """
 
     model_type: str
@@ -68,6 +71,7 @@ class Family:
     buffers: tuple[str, ...] = ()
     with_head: tuple[str, ...] = ()
     file_names: tuple[tuple[str, str], ...] = ()
+    stacks: tuple[Stack, ...] = ()
 
     def make(self, config: Mapping[str, Any], architecture: str, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Module:
         """A model of the class `architecture`, with random weights."""
@@ -118,19 +122,30 @@ def _has_leaves(module: str, paths: Collection[str]) -> bool:
     return any(path.startswith(f"{module}/") for path in paths)
 
 
-def _llama_like(model_type: str, name: str) -> Family:
+def _llama_like(
+    model_type: str,
+    name: str,
+    read: Callable[[Mapping[str, Any]], Any] = read_llama,
+    *,
+    base: str | None = None,
+    file_names: tuple[tuple[str, str], ...] = (),
+    stacks: tuple[Stack, ...] = (),
+) -> Family:
+    """A family of Llama's classes; `base` is what torch calls those that are no language models, if not `name`."""
     return Family(
         model_type=model_type,
         architectures=(
             (f"{name}ForCausalLM", LlamaForCausalLM),
-            (f"{name}Model", LlamaModel),
-            (f"{name}ForSequenceClassification", LlamaForSequenceClassification),
+            (f"{base or name}Model", LlamaModel),
+            (f"{base or name}ForSequenceClassification", LlamaForSequenceClassification),
         ),
-        read=read_llama,
+        read=read,
         prefix="model",
         heads=("lm_head", "score"),
         tied=(("model/embed_tokens/embedding", "lm_head/kernel"),),
         buffers=("rotary_emb.inv_freq",),
+        file_names=file_names,
+        stacks=stacks,
     )
 
 
@@ -153,6 +168,28 @@ FAMILIES: tuple[Family, ...] = (
     _llama_like("llama", "Llama"),
     _llama_like("mistral", "Mistral"),
     _llama_like("qwen2", "Qwen2"),
+    _llama_like("qwen3", "Qwen3"),
+    _llama_like("phi3", "Phi3"),
+    _llama_like("gemma", "Gemma", read_gemma),
+    _llama_like("gemma2", "Gemma2", read_gemma),
+    _llama_like("gemma3_text", "Gemma3", read_gemma, base="Gemma3Text"),
+    _llama_like(
+        "mixtral",
+        "Mixtral",
+        file_names=((".block_sparse_moe.", ".mlp."),),
+        stacks=(
+            Stack("experts.gate_up_proj", ("experts.{}.w1.weight", "experts.{}.w3.weight")),
+            Stack("experts.down_proj", ("experts.{}.w2.weight",)),
+        ),
+    ),
+    _llama_like(
+        "qwen3_moe",
+        "Qwen3Moe",
+        stacks=(
+            Stack("experts.gate_up_proj", ("experts.{}.gate_proj.weight", "experts.{}.up_proj.weight")),
+            Stack("experts.down_proj", ("experts.{}.down_proj.weight",)),
+        ),
+    ),
     Family(
         model_type="bert",
         architectures=(

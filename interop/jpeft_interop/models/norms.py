@@ -24,6 +24,21 @@ class RMSNorm(nnx.Module):
         return self.weight[...] * normed.astype(x.dtype)
 
 
+class UnitRMSNorm(nnx.Module):
+    """y = (1 + weight) · x / sqrt(mean(x²) + ε), all of it in fp32, rounded to x's dtype at the end, as Gemma does."""
+
+    def __init__(self, size: int, eps: float, dtype: DTypeLike) -> None:
+        """A norm over the last axis, of `size`; its `weight` is the distance from 1."""
+        self.weight = nnx.Param(jnp.zeros((size,), dtype))
+        self.eps = eps
+
+    def __call__(self, x: Array) -> Array:
+        """Normalises the last axis."""
+        wide = x.astype(jnp.float32)
+        normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        return (normed * (1.0 + self.weight[...].astype(jnp.float32))).astype(x.dtype)
+
+
 class LayerNorm(nnx.Module):
     """y = weight · (x - mean) / sqrt(var + ε) + bias, all of it in fp32, rounded to x's dtype at the end."""
 

@@ -24,7 +24,9 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "dynamic": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
     "yarn": ("factor",),
+    "longrope": ("short_factor", "long_factor"),
 }
+OLD_TYPES = {"su": "longrope"}
 
 
 @dataclass(frozen=True)
@@ -34,8 +36,8 @@ class Rope:
     Attributes:
       rope_type: a key of `NEEDS`.
       theta: the base of the frequencies.
-      dim: the width of a head.
-      max_position_embeddings: the length that `dynamic` starts to stretch at.
+      dim: how much of a head's width is rotated, from its start.
+      max_position_embeddings: the length that `dynamic` starts to stretch at, and that `longrope` reaches.
       options: the numbers that the type takes besides (`factor`, `low_freq_factor`, …), sorted by name.
     """
 
@@ -50,36 +52,60 @@ class Rope:
         return dict(self.options)[name]
 
 
-def read_rope(config: Mapping[str, Any], dim: int) -> Rope:
+def read_rope(config: Mapping[str, Any], dim: int, partial: bool = False) -> Rope:
     """Reads `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (transformers 4 and older files).
+
+    Args:
+      config: the model's.
+      dim: the width of a head.
+      partial: whether the model may rotate only a part of it (`partial_rotary_factor`).
 
     Raises:
       ModelError: a type not in `NEEDS` or without what it needs, types that differ by layer, or a rotation of only a
-        part of the head.
+        part of the head in a model that has none.
     """
     given = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
     if any(isinstance(value, Mapping) for value in given.values()):
         raise ModelError(f"rope parameters that differ by layer are not supported; found {given}")
     rope_type = given.pop("rope_type", None) or given.pop("type", None) or "default"
     given.pop("type", None)
+    rope_type = OLD_TYPES.get(rope_type, rope_type)
     if rope_type not in NEEDS:
         raise ModelError(f"rope_type {rope_type!r} is not supported; supported: {', '.join(NEEDS)}")
     missing = [name for name in NEEDS[rope_type] if given.get(name) is None]
     if missing:
         raise ModelError(f"rope_type {rope_type!r} needs {', '.join(map(repr, missing))}; the config gives {given}")
-    partial = given.pop("partial_rotary_factor", None) or config.get("partial_rotary_factor") or 1.0
-    if partial != 1.0:
-        raise ModelError(f"partial_rotary_factor {partial} is not supported; only whole heads are rotated (1.0)")
+    share = given.pop("partial_rotary_factor", None) or config.get("partial_rotary_factor") or 1.0
+    if share != 1.0 and not partial:
+        raise ModelError(f"partial_rotary_factor {share} is not supported; only whole heads are rotated (1.0)")
     theta = given.pop("rope_theta", None) or config.get("rope_theta") or 10000.0
     length = config.get("max_position_embeddings") or 2048
-    if rope_type in ("llama3", "yarn"):
+    if rope_type in ("llama3", "yarn", "longrope"):
         outside = config.get("original_max_position_embeddings")
         given["original_max_position_embeddings"] = outside or given.get("original_max_position_embeddings") or length
-    return Rope(rope_type, float(theta), dim, int(length), tuple(sorted(given.items())))
+    options = tuple(sorted((name, _hashable(value)) for name, value in given.items()))
+    rope = Rope(rope_type, float(theta), int(dim * share), int(length), options)
+    _require_factors(rope)
+    return rope
+
+
+def _hashable(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _require_factors(rope: Rope) -> None:
+    """Of `longrope`, one number a plane."""
+    if rope.rope_type == "longrope":
+        for name in NEEDS["longrope"]:
+            found = rope.option(name)
+            if not isinstance(found, tuple) or len(found) != rope.dim // 2:
+                raise ModelError(
+                    f"rope_type 'longrope' needs {rope.dim // 2} numbers as {name!r}; found {found!r:.200}"
+                )
 
 
 def rope_tables(rope: Rope, position_ids: Array, dtype: DTypeLike) -> tuple[Array, Array]:
-    """The cosines and sines of every angle, each `(batch or 1, time, 1, dim/2)`: worked out in fp32, then cast.
+    """The cosines and sines of every angle, each `(batch or 1, time, 1, planes)`: worked out in fp32, then cast.
 
     Args:
       rope: how positions rotate.
@@ -92,10 +118,12 @@ def rope_tables(rope: Rope, position_ids: Array, dtype: DTypeLike) -> tuple[Arra
 
 
 def rotate(x: Array, tables: tuple[Array, Array]) -> Array:
-    """Turns `x`, `(batch, time, heads, dim)`, by the angles of the tables."""
+    """Turns `x`, `(batch, time, heads, dim)`, by the angles of the tables; what is beyond their planes stays."""
     cos, sin = tables
-    first, second = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate((first * cos - second * sin, second * cos + first * sin), axis=-1)
+    planes = cos.shape[-1]
+    first, second, rest = jnp.split(x, (planes, 2 * planes), axis=-1)
+    turned = (first * cos - second * sin, second * cos + first * sin)
+    return jnp.concatenate((*turned, rest) if rest.shape[-1] else turned, axis=-1)
 
 
 def _base_frequencies(rope: Rope) -> np.ndarray:
@@ -170,4 +198,31 @@ def _yarn_scale(options: Mapping[str, Any], factor: float) -> float:
     return mscale(1.0)
 
 
-_FREQUENCIES = {"default": _default, "linear": _linear, "dynamic": _dynamic, "llama3": _llama3, "yarn": _yarn}
+def _longrope(rope: Rope, position_ids: Array) -> tuple[Any, float]:
+    """Each plane slowed by a factor of its own, of two sets: one up to the trained length, one for anything longer.
+
+    Which it is, is asked of a forward's own positions (Ding et al. 2024, https://arxiv.org/abs/2402.13753): keys that
+    a cache holds from before a text outgrew the trained length keep the angles of the short set.
+    """
+    length = rope.option("original_max_position_embeddings")
+    short, long = (np.asarray(rope.option(name), np.float32) for name in ("short_factor", "long_factor"))
+    factors = jnp.where(jnp.max(position_ids) + 1 > length, long, short)
+    return _base_frequencies(rope) / factors, _longrope_scale(rope, length)
+
+
+def _longrope_scale(rope: Rope, length: int) -> float:
+    options = dict(rope.options)
+    if options.get("attention_factor") is not None:
+        return options["attention_factor"]
+    factor = options.get("factor") or rope.max_position_embeddings / length
+    return math.sqrt(1 + math.log(factor) / math.log(length)) if factor > 1 else 1.0
+
+
+_FREQUENCIES = {
+    "default": _default,
+    "linear": _linear,
+    "dynamic": _dynamic,
+    "llama3": _llama3,
+    "yarn": _yarn,
+    "longrope": _longrope,
+}
