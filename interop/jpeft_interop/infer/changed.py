@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -18,20 +19,28 @@ ALIKE = 0.5  # of the values
 
 
 def find_changed(
-    tensors: Mapping[str, Seen], leaves: Mapping[str, Seen], open_leaves: Sequence[str], pieces: Sequence[Piece], dtype
+    tensors: Mapping[str, Seen],
+    leaves: Mapping[str, Seen],
+    open_leaves: Sequence[str],
+    pieces: Sequence[Piece],
+    dtype: np.dtype,
 ) -> Iterator[Piece]:
-    """For each tensor without a place, the one where most of its values are."""
+    """For each tensor without a place, the one where most of its values are, or the only one that its like leave."""
+    taken = {_place(piece) for piece in pieces}
     for tensor in tensors.values():
-        best = max(
-            (
-                (_alike(piece, leaves[piece.path], tensor, dtype), n, piece)
-                for n, piece in enumerate(_candidates(tensor, leaves, open_leaves, pieces))
-            ),
-            default=None,
-            key=lambda found: found[0],
-        )
-        if best and best[0] >= ALIKE:
-            yield best[2]
+        free = {_place(p): p for p in _like(tensor, leaves, open_leaves, pieces) if _place(p) not in taken}
+        free |= {
+            _place(p): p for p in _straight(tensor, leaves, open_leaves) if len(free) != 1 and _place(p) not in taken
+        }
+        alike = {place: _alike(piece, leaves[piece.path], tensor, dtype) for place, piece in free.items()}
+        best = max(alike, key=lambda place: alike[place], default=None)
+        if best is not None and (alike[best] >= ALIKE or len(free) == 1):
+            taken.add(best)
+            yield free[best]
+
+
+def _place(piece: Piece) -> tuple[str, tuple[int, ...]]:
+    return piece.path, piece.start
 
 
 def _alike(piece: Piece, leaf: Seen, tensor: Seen, dtype: np.dtype) -> float:
@@ -42,15 +51,19 @@ def _alike(piece: Piece, leaf: Seen, tensor: Seen, dtype: np.dtype) -> float:
     return float((cast(view, dtype) == cast(box.reshape(view.shape), dtype)).mean()) if view.size == box.size else 0.0
 
 
-def _candidates(
+def _like(
     tensor: Seen, leaves: Mapping[str, Seen], open_leaves: Sequence[str], pieces: Sequence[Piece]
 ) -> Iterator[Piece]:
-    """As tensors of the same name but for the numbers lie, in open leaves; and as the tensor itself is."""
+    """Where tensors of the same name, but for the numbers, lie, in open leaves of the same name."""
     for other in pieces:
-        if pattern(other.key) == pattern(tensor.name) and other.full == tensor.full and other.scale == 1.0:
+        if pattern(other.key) == pattern(tensor.name) and other.full == tensor.full:
             for path in open_leaves:
                 if pattern(path) == pattern(other.path) and leaves[path].full == leaves[other.path].full:
                     yield from _along(other, leaves[path], tensor)
+
+
+def _straight(tensor: Seen, leaves: Mapping[str, Seen], open_leaves: Sequence[str]) -> Iterator[Piece]:
+    """Leaves of the tensor's own shape."""
     for path in open_leaves:
         if leaves[path].shape == tensor.shape:
             yield _itself(leaves[path], tensor)
@@ -63,7 +76,7 @@ def _along(other: Piece, leaf: Seen, tensor: Seen) -> Iterator[Piece]:
         start = list(other.start)
         for axis, index in zip(free, at, strict=True):
             start[axis] = index
-        yield Piece(leaf.name, tensor.name, other.digits, other.box, tuple(start), tensor.full)
+        yield replace(other, path=leaf.name, key=tensor.name, start=tuple(start))
 
 
 def _itself(leaf: Seen, tensor: Seen) -> Piece:

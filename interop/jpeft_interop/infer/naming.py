@@ -41,15 +41,14 @@ class Naming:
         size = sizes[place]
         if len(sizes) == 1:
             letters = SINGLE.get(kind, "d" if axis == 0 else "a")
-            return (
-                "d"
-                if size == self.width and kind in ("linear", "conv1d", "plain")
-                else letters[min(axis, len(letters) - 1)]
-            )
+            wide = size == self.width and kind in ("linear", "conv1d", "plain") and "d" not in self.names.values()
+            return "d" if wide else letters[min(axis, len(letters) - 1)]
         if len(sizes) == 2:
             return "nh"[place]
         if len(sizes) == 3 and place:
-            return "two" if size == 2 and sizes[3 - place] != 2 else "half" if 2 in sizes[1:] else "gh"[place - 1]
+            if 2 not in sizes[1:]:
+                return "gh"[place - 1]
+            return "two" if size == 2 and (place == 1 or sizes[1] != 2) else "half"
         return "nabcdefg"[min(place, 7)]
 
     def _give(self, atom: Hashable, name: str) -> None:

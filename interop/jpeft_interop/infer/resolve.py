@@ -24,16 +24,19 @@ class Score(NamedTuple):
       alike: whether the words are the same.
     """
 
-    numbers: bool
+    numbers: int
     near: int
     alike: int
 
 
 def resolve(keys: Sequence[str], spots: Sequence[Spot], known: Known) -> dict[str, Spot]:
-    """Of equal tensors and equal slices, the pairs of which each is the other's clear best; fewer, where none is."""
-    scores = {(key, spot): score(spot, key, known) for key in keys for spot in spots}
+    """Of equal tensors and slices, the pairs of which each is the other's clear best; fewer, where none is."""
+    own = {spot: own_numbers(spot, spots) for spot in spots}
+    scores = {(key, spot): score(spot, own[spot], key, known) for key in keys for spot in spots}
+    # Of one name and one leaf, but for the numbers: those tell.
+    one = len({pattern(key) for key in keys}) == 1 == len({pattern(spot.path) for spot in spots})
     left, free, made = list(keys), list(spots), {}
-    while found := _clear(left, free, scores):
+    while found := _clear(left, free, scores, one):
         for key, spot in found:
             made[key] = spot
             left.remove(key)
@@ -41,11 +44,14 @@ def resolve(keys: Sequence[str], spots: Sequence[Spot], known: Known) -> dict[st
     return made
 
 
-def _clear(keys: list[str], spots: list[Spot], scores: Mapping[tuple[str, Spot], Score]) -> list[tuple[str, Spot]]:
+def _clear(
+    keys: list[str], spots: list[Spot], scores: Mapping[tuple[str, Spot], Score], numbers_tell: bool
+) -> list[tuple[str, Spot]]:
     of_key = {key: _best({spot: scores[key, spot] for spot in spots}) for key in keys}
     of_spot = {spot: _best({key: scores[key, spot] for key in keys}) for spot in spots}
     pairs = [(key, spot) for key, spot in of_key.items() if spot is not None and of_spot[spot] == key]
-    return [(key, spot) for key, spot in pairs if scores[key, spot].numbers]
+    is_clear = lambda score: bool(score.numbers) and (numbers_tell or bool(score.near or score.alike))
+    return [(key, spot) for key, spot in pairs if is_clear(scores[key, spot])]
 
 
 def _best(scores: Mapping[T, Score]) -> T | None:
@@ -72,17 +78,30 @@ def _above(path: str) -> Iterator[str]:
     return ("/".join(parts[:end]) for end in range(len(parts) - 1, 0, -1))
 
 
-def score(spot: Spot, key: str, known: Known) -> Score:
-    """How well a torch name fits a slice."""
+def own_numbers(spot: Spot, spots: Sequence[Spot]) -> tuple[int, ...]:
+    """The numbers that tell a slice from the others of its leaf, after those in the leaf's path."""
+    others = [other.at for other in spots if (other.path, other.keep) == (spot.path, spot.keep)]
+    varying = [place for place in range(len(spot.at)) if len({at[place] for at in others}) > 1]
+    return (*numbers(spot.path), *(spot.at[place] for place in varying or range(len(spot.at))))
+
+
+def score(spot: Spot, own: tuple[int, ...], key: str, known: Known) -> Score:
+    """How well a torch name fits a slice, whose own numbers are `own`."""
     mine = (*numbers(spot.path), *spot.at)
     beside = next((known[above, mine] for above in _above(spot.path) if (above, mine) in known), set())
     theirs = numbers(key)
-    agree = any(numbers(other)[: len(theirs)] == theirs for other in beside) if beside else _within(theirs, mine)
+    agree = 2 * any(_begins(numbers(other), theirs) for other in beside) if beside else _agree(theirs, own)
     near = max((shared(other, key) for other in beside), default=0)
     return Score(agree, near, likeness(spot.path, key))
 
 
-def _within(some: Sequence[int], all_of: Sequence[int]) -> bool:
-    """Whether the numbers are among those, in their order; none are only among none."""
+def _begins(other: tuple[int, ...], mine: tuple[int, ...]) -> bool:
+    return other[: len(mine)] == mine and bool(other) == bool(mine)
+
+
+def _agree(some: Sequence[int], all_of: Sequence[int]) -> int:
+    """2 where the numbers are the same, 1 where all are among those, in their order; none are only among none."""
+    if tuple(some) == tuple(all_of):
+        return 2
     rest = iter(all_of)
-    return all(number in rest for number in some) and bool(some) == bool(all_of)
+    return int(all(number in rest for number in some) and bool(some) == bool(all_of))

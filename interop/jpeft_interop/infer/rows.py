@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jpeft_interop.infer.digits import UNKNOWN
+from jpeft_interop.infer.digits import UNKNOWN, read_digits
 from jpeft_interop.infer.fingerprints import Keep, count, rest, subsets
 from jpeft_interop.infer.locate import locate
 from jpeft_interop.infer.order import Search, inner_order
@@ -63,7 +63,7 @@ def pieces_of(
     for keep in sorted(keeps, key=lambda k: count(tensor.shape, k)):
         length = count(tensor.shape, rest(len(tensor.shape), keep))
         known = {lines: locate(prints[keep], lines.prints) for lines in _Once(index.get(length, []))}
-        boxes = list(_boxes(tensor, keep, known))
+        boxes = [part for box in _boxes(tensor, keep, known) for part in _segments(*box)]
         pieces = [p for box in boxes if (p := _piece(tensor, values, keep, *box, prints[keep], leaves, search))]
         made.append((sum(piece.size for piece in pieces) / max(1, tensor.size), pieces))
         if made[-1][0] > 0.999:
@@ -102,6 +102,23 @@ def _boxes(tensor: Seen, keep: Keep, known: Mapping[Lines, np.ndarray]) -> Itera
                 yield lines, box, part
 
 
+def _segments(lines: Lines, box: Box, places: np.ndarray) -> Iterator[tuple[Lines, Box, np.ndarray]]:
+    """The box, or if its order is none of digits, the longest ends of it that are: parts with orders of their own."""
+    if len(box) > 1 or read_digits(places) is not None or UNKNOWN in places:
+        yield lines, box, places
+        return
+    begin = 0
+    first = box[0][0] if box else 0
+    while begin < len(places):
+        rest = places[begin:]
+        count = np.arange(1, len(rest) + 1)
+        whole = np.maximum.accumulate(rest) - np.minimum.accumulate(rest) + 1 == count
+        ends = (int(end) for end in count[whole][::-1])
+        end = begin + next(end for end in ends if read_digits(rest[:end]) is not None)
+        yield lines, ((first + begin, first + end),), places[begin:end]
+        begin = end
+
+
 def _piece(
     tensor: Seen,
     values: np.ndarray,
@@ -137,12 +154,15 @@ def _grown(box: Box, places: np.ndarray, prints: np.ndarray, lines: Lines) -> tu
     if places.ndim != 1 or len(places) < 2 or UNKNOWN in (places[0], places[-1]):
         return box, places
     (begin, end), before, after = box[0], places[1] - places[0], places[-1] - places[-2]
-    while begin > 0 and _is(lines.prints, places[0] - before, prints[begin - 1]):
+    while begin > 0 and _is(lines.prints, places[0] - before, prints, begin - 1):
         begin, places = begin - 1, np.concatenate([[places[0] - before], places])
-    while end < len(prints) and _is(lines.prints, places[-1] + after, prints[end]):
+    while end < len(prints) and _is(lines.prints, places[-1] + after, prints, end):
         end, places = end + 1, np.concatenate([places, [places[-1] + after]])
     return ((begin, end),), places
 
 
-def _is(prints: np.ndarray, at: int, wanted: np.uint64) -> bool:
-    return 0 <= at < len(prints) and prints[at] == wanted
+def _is(among: np.ndarray, at: int, prints: np.ndarray, line: int) -> bool:
+    """Whether a line is the one there, and was not found for the reason that it occurs twice."""
+    if not 0 <= at < len(among) or among[at] != prints[line]:
+        return False
+    return bool((among == prints[line]).sum() > 1 or (prints == prints[line]).sum() > 1)

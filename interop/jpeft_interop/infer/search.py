@@ -69,7 +69,7 @@ def find_pieces(leaves: Mapping[str, Seen], tensors: Mapping[str, Seen], dtype: 
     classes = _classes(leaves, tensors, dtype, tick)
     spots = {key: each.spots for each in classes for key in each.keys}
     _place_sure(found, classes)
-    _find_parts(found)
+    _find_parts(found, _lacking(found, spots))
     found.pieces += beside(found.open_tensors(), leaves, found.pieces, dtype)
     found.pieces += _once(
         found, find_scaled({p: leaves[p] for p in found.open_leaves()}, _lacking(found, spots), found.search)
@@ -181,8 +181,7 @@ def _plain(leaf: Seen, tensor: Seen, spot: Spot, search: Search) -> Piece | None
     return piece if is_in(piece, leaf.read(), tensor.read(), search.dtype) else None
 
 
-def _find_parts(found: Found) -> None:
-    tensors = {key: t for key, t in found.open_tensors().items()}
+def _find_parts(found: Found, tensors: Mapping[str, Seen]) -> None:
     if not tensors:
         return
     index = index_lines({path: found.leaves[path] for path in found.open_leaves()}, tensors, found.search)
@@ -203,6 +202,10 @@ def _resolve(found: Found, keys: Sequence[str], where: Sequence[Spot], constant:
     pairs = resolve(open_keys, free, known_names(found.pieces, found.leaves))
     _place(found, pairs, constant=constant)
     left, rest = [k for k in open_keys if k not in pairs], [s for s in free if s not in pairs.values()]
+    if pairs and not left and not constant:
+        some = ", ".join(repr(spot.path) for spot in rest)
+        key, other = next(iter(pairs.items()))
+        found.unclear += [f"{some} holds what {key!r} does, as {other.path!r} that it was given to"] if some else []
     if left and rest:
         found.told |= set(left)
         some = [f"{spot.path}{list(spot.at) if spot.at else ''}" for spot in rest]

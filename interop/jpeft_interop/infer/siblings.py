@@ -46,7 +46,7 @@ def _like(weight: Piece, tensor: Seen, leaf: Seen, leaves: Mapping[str, Seen], d
     if weight.box[0][1] > tensor.full[0]:
         return
     digits = [digit for digit in weight.digits if digit.torch_axis == 0]
-    for axes in itertools.combinations(range(len(shape)), len(leaf.full)):
+    for axes in itertools.permutations(range(len(shape)), len(leaf.full)):
         if tuple(shape[axis] for axis in axes) != leaf.full or not {d.leaf_axis for d in digits} <= set(axes):
             continue
         turned = tuple(digit._replace(leaf_axis=axes.index(digit.leaf_axis)) for digit in digits)
