@@ -25,7 +25,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "2, no caps": ("Gemma2ForCausalLM", {"attn_logit_softcapping": None, "final_logit_softcapping": None}),
     "2, base": ("Gemma2Model", {"sliding_window": 3, "layer_types": ["full_attention", "sliding_attention"]}),
     "3": ("Gemma3ForCausalLM", {"query_pre_attn_scalar": 7, "sliding_window": 3, "num_hidden_layers": 7}),
-    "3, caps": ("Gemma3ForCausalLM", CAPS | {"layer_types": ["full_attention", "sliding_attention"]}),
+    "3, caps": (
+        "Gemma3ForCausalLM",
+        CAPS | {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 3},
+    ),
     "3, ropes": (
         "Gemma3TextModel",
         {
@@ -57,7 +60,7 @@ def test_hidden_states_and_logits_equal_torch(row: str):
     checks.assert_torchs(row_of(row))
 
 
-@pytest.mark.parametrize("row", ["1", "2, caps", "3"])
+@pytest.mark.parametrize("row", ["1", "2, caps", "3, caps"])
 def test_cached_forward_equals_the_whole_one(row: str):
     checks.assert_same_with_a_cache(row_of(row))
 
@@ -114,7 +117,7 @@ def typical_error(found: Any, exact: Any) -> float:
     return float(np.sqrt(np.mean(np.square(np.asarray(found, np.float32) - np.asarray(exact)))))
 
 
-@pytest.mark.parametrize("row", ["1", "2", "3"])
+@pytest.mark.parametrize("row", ["1", "2", "3, caps"])
 def test_bf16_is_as_near_to_fp32_as_torch_is(row: str):
     half = row_of(row).to(torch.bfloat16)
     forward, params = twin(half)

@@ -18,6 +18,8 @@ from jpeft_interop import save_peft
 from jpeft_interop.load_model import load_model, read_config
 from jpeft_interop.merge_folder import merge_folder
 from jpeft_interop.models import ModelError, build
+from jpeft_interop.models.llama_config import read_llama
+from jpeft_interop.models.moe import Router
 from jpeft_interop.save_model import save_model
 from jpeft_interop.torch_params import params_from_torch
 from torch_twins import difference, run_torch, twin
@@ -178,6 +180,23 @@ def test_adapters_of_stacked_experts_run_factored(key: Any):
     merged = forward(jpeft.merge(params, adapter), checks.ids_of()).logits
     assert difference(ours, merged) < checks.TOLERANCE
     assert difference(ours, run_torch(model, input_ids=checks.ids_of()).logits) > 1e-3
+
+
+@pytest.mark.parametrize(("row", "dtype"), [("mixtral", torch.float32), ("qwen", torch.bfloat16)])
+def test_routers_weigh_in_torchs_dtype(row: str, dtype: torch.dtype):
+    half = model_of(row).to(torch.bfloat16)
+    gate = half.model.layers[0].mlp.gate
+    x = torch.randn(7, 32, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    _, weights, experts = gate(x)
+    config = read_llama(half.config.to_dict())
+    assert config.mixture is not None
+    router = Router(config, config.mixture, jnp.bfloat16, nnx.Rngs(0))
+    router.weight[...] = jnp.asarray(gate.weight.detach().float().numpy(), jnp.bfloat16)
+    ours, chosen = router(jnp.asarray(x.float().numpy(), jnp.bfloat16))
+    assert weights.dtype == dtype
+    assert str(ours.dtype) == str(dtype).removeprefix("torch.")
+    assert np.array_equal(chosen, experts.numpy())
+    assert difference(ours, weights) < 1e-2
 
 
 def test_more_choices_than_experts_are_refused():
