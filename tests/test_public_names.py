@@ -58,6 +58,8 @@ JPEFT_INTEROP = (
     "load_peft_xlora",
     "params_from_torch",
     "params_to_torch",
+    "ready_layout",
+    "ready_names",
     "save_adapters",
     "save_layout",
     "save_model",

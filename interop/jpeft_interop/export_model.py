@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from functools import lru_cache
+from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,13 @@ from jpeft.tree import flatten, module_of, nearest
 from jpeft_interop.arrays import is_finite
 from jpeft_interop.layout import Layout
 from jpeft_interop.load_model import CONFIG, hf_folder, read_config
+from jpeft_interop.models.families import FAMILIES, Family
 from jpeft_interop.save_model import json_of, other_files, with_dtype
+from jpeft_interop.stacks import join_stacks, split_stack
 from jpeft_interop.torch_table import nest
-from jpeft_interop.weights import LazyArray, Weights, is_weights_file, read_weights, write_weights
+from jpeft_interop.weights import LazyArray, is_weights_file, read_weights, write_weights
+
+Merging = Callable[[str], Mapping[str, Any]]
 
 KEPT = 4  # modules whose adapted leaves are held: a fused tensor of torch's may be made of several
 
@@ -57,20 +61,35 @@ def export_model(
     flat, source = layout.check(params), hf_folder(base)
     if left := [path for path in flat if path not in layout]:
         raise WeightsError(f"the layout has no place for {left[0]!r}; nothing was written")
-    keys = list(_keys(layout, read_weights(source)))
+    known = _family(read_config(source))
+    keys = list(_keys(layout, _base(source, known)))
     text = json_of(with_dtype(read_config(source), flat))
     merged = _merging(flat, adapter)
 
     def fill(fresh: Path) -> None:
         (fresh / CONFIG).write_text(text, encoding="utf-8")
-        write_weights(fresh, _tensors(keys, layout, flat, merged), max_shard_bytes)
+        write_weights(fresh, _tensors(keys, layout, flat, merged, known), max_shard_bytes)
         for file in other_files(source):
             shutil.copyfile(file, fresh / file.name)
 
     write_folder(folder, fill, replaceable=is_weights_file)
 
 
-def _keys(layout: Layout, base: Weights) -> Iterator[str]:
+def _family(config: Mapping[str, Any]) -> Family | None:
+    """What is known of the model's files; None where nothing is: then they have the modules' names."""
+    return next((one for one in FAMILIES if one.model_type == config.get("model_type")), None)
+
+
+def _base(folder: Path, known: Family | None) -> dict[str, tuple[int, ...]]:
+    """The shapes of the base's tensors by the names that its modules have."""
+    weights = read_weights(folder)
+    if known is None:
+        return {key: weights.spec(key).shape for key in weights}
+    joined = join_stacks(weights, known.stacks)
+    return {known.module_name(key): joined.spec(key).shape for key in joined}
+
+
+def _keys(layout: Layout, base: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
     """The tensors to write, leaf by leaf: of a tie, the names that the base's folder has."""
     for key in base:
         if key not in layout.by_key:
@@ -79,7 +98,7 @@ def _keys(layout: Layout, base: Weights) -> Iterator[str]:
             )
     for key, links in layout.by_key.items():
         if key in base:
-            if (found := base.spec(key).shape) != links[0].torch_shape:
+            if (found := base[key]) != links[0].torch_shape:
                 raise WeightsError(f"{key!r}: the base has shape {found}, the layout makes {links[0].torch_shape}")
             yield key
         elif not any(other in base for other in _tied(layout, key)):
@@ -94,7 +113,7 @@ def _tied(layout: Layout, key: str) -> Iterator[str]:
                 yield other.key
 
 
-def _merging(flat: Mapping[str, Any], adapter: Adapter | None) -> Any:
+def _merging(flat: Mapping[str, Any], adapter: Adapter | None) -> Merging:
     """`module -> its leaves by path`, adapted."""
     modules: dict[str, list[str]] = {}
     for path in flat:
@@ -116,18 +135,27 @@ def _part(adapter: Adapter, leaves: Mapping[str, Any]) -> Adapter | None:
     return Adapter(only(adapter.trained), only(adapter.constant), Meta(adapter.spec, sites)) if sites else None
 
 
-def _tensors(keys: list[str], layout: Layout, flat: Mapping[str, Any], merged: Any) -> Iterator[tuple[str, LazyArray]]:
+def _tensors(
+    keys: list[str], layout: Layout, flat: Mapping[str, Any], merged: Merging, known: Family | None
+) -> Iterator[tuple[str, LazyArray]]:
+    @lru_cache(2)  # the parts of a layer's two stacks are asked for one by one
+    def made(key: str) -> np.ndarray:
+        return _made(key, layout, merged)
+
     for key in keys:
-        links = layout.by_key[key]
-        yield key, LazyArray(links[0].torch_shape, np.dtype(flat[links[0].path].dtype), _maker(key, layout, merged))
+        first = layout.by_key[key][0]
+        shape, dtype = first.torch_shape, np.dtype(flat[first.path].dtype)
+        name = key if known is None else known.file_name(key)
+        parts = [] if known is None else split_stack(name, shape, known.stacks)
+        for part, part_shape, piece in parts:
+            yield part, LazyArray(part_shape, dtype, lambda key=key, piece=piece: made(key)[piece])
+        if not parts:
+            yield name, LazyArray(shape, dtype, partial(_made, key, layout, merged))
 
 
-def _maker(key: str, layout: Layout, merged: Any) -> Any:
-    def make() -> np.ndarray:
-        paths = {link.path for link in layout.by_key[key]}
-        made = layout.tensor(key, {path: merged(module_of(path))[path] for path in paths})
-        if not is_finite(made):
-            raise WeightsError(f"{key!r} holds values that are not finite; nothing was written")
-        return made
-
-    return make
+def _made(key: str, layout: Layout, merged: Merging) -> np.ndarray:
+    paths = {link.path for link in layout.by_key[key]}
+    made = layout.tensor(key, {path: merged(module_of(path))[path] for path in paths})
+    if not is_finite(made):
+        raise WeightsError(f"{key!r} holds values that are not finite; nothing was written")
+    return made

@@ -7,6 +7,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
 
 import jpeft
@@ -87,3 +88,20 @@ def test_a_layout_of_another_model_writes_nothing(folder, tmp_path):
     with pytest.raises(jpeft.WeightsError, match="not finite"):
         export_model(tmp_path / "new", bad, layout=layout, base=folder)
     assert not (tmp_path / "new").exists()
+
+
+def test_experts_are_written_in_the_parts_that_files_hold(tmp_path):
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    from jpeft.tree import flatten
+    from jpeft_interop import params_from_torch
+    from jpeft_interop.layout import default_layout
+
+    sizes = dict(vocab_size=31, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_local_experts=3)
+    module = base(lambda: MixtralForCausalLM(MixtralConfig(**sizes, num_attention_heads=2, num_key_value_heads=2)))
+    module.save_pretrained(tmp_path / "base")
+    params = params_from_torch(module)
+    layout = default_layout(flatten(params))
+    export_model(tmp_path / "new", params, layout=layout, base=tmp_path / "base")
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "new"))
+    assert first.keys() == second.keys() and all(np.array_equal(first[key], second[key]) for key in first)
