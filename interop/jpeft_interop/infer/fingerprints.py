@@ -9,10 +9,11 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 
 import numpy as np
 
-CHUNK = 1 << 22  # values mixed at once
+CHUNK = 1 << 18  # values mixed at once: they stay in the cache
 ODD = np.uint64(0x9E3779B97F4A7C15)
 ODD2 = np.uint64(0xD6E8FEB86659FD93)
 Keep = tuple[int, ...]  # the axes along which a fingerprint is kept for each index
@@ -22,8 +23,13 @@ def mixed(values: np.ndarray) -> np.ndarray:
     """64 well mixed bits for each value, from its own bits."""
     bits = np.ascontiguousarray(values).view(f"u{values.dtype.itemsize}")
     if bits.dtype.itemsize <= 2:
-        return _mix(np.arange(1 << 8 * bits.dtype.itemsize, dtype=np.uint64))[bits]
+        return _table(8 * bits.dtype.itemsize)[bits]
     return _mix(bits.astype(np.uint64))
+
+
+@cache
+def _table(bits: int) -> np.ndarray:
+    return _mix(np.arange(1 << bits, dtype=np.uint64))
 
 
 def _mix(x: np.ndarray) -> np.ndarray:

@@ -88,6 +88,8 @@ def all_wrong(
     for key in layout.by_key:
         if wrong := differing(layout, key, flat, tensors[key], tolerance):
             yield wrong
+        for link in layout.by_key[key]:
+            leaves[link.path].release()
         tick(tensors[key])
     for path in padded:
         if wrong := leaf_differs(layout, path, leaves[path], state, tensors, tolerance):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import mmap
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -55,7 +56,10 @@ class Seen:
 
 def seen_leaves(flat: Mapping[str, Any]) -> dict[str, Seen]:
     """The leaves of params, by path."""
-    return {path: _seen(path, leaf, lambda leaf=leaf: host(leaf), _nothing) for path, leaf in flat.items()}
+    return {
+        path: _seen(path, leaf, lambda leaf=leaf: host(leaf), lambda leaf=leaf: give_back(leaf))
+        for path, leaf in flat.items()
+    }
 
 
 def seen_tensors(state: Mapping[str, Any]) -> dict[str, Seen]:
@@ -93,5 +97,14 @@ def _dtype(dtype: Any) -> np.dtype:
     return np.dtype(getattr(ml_dtypes, name)) if hasattr(ml_dtypes, name) else np.dtype(name)
 
 
-def _nothing() -> None:
-    pass
+def give_back(array: Any) -> None:
+    """Lets the system have the memory of a read-only array on a mapped file; it is read again if used."""
+    base = array
+    while isinstance(base, (np.ndarray, memoryview)):
+        base = base.obj if isinstance(base, memoryview) else base.base
+    if not isinstance(base, mmap.mmap) or array.flags.writeable or not hasattr(base, "madvise"):
+        return
+    begin = array.ctypes.data - np.frombuffer(base, np.uint8).ctypes.data
+    first = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE  # whole pages, and no neighbour's
+    if begin + array.nbytes > first:
+        base.madvise(mmap.MADV_DONTNEED, first, begin + array.nbytes - first)
