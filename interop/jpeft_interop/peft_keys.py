@@ -16,7 +16,7 @@ from jpeft_interop import ia3_keys, lora_keys
 from jpeft_interop.ia3_keys import bias_of_head
 from jpeft_interop.layout import Layout, Link
 from jpeft_interop.layout.factors import is_head
-from jpeft_interop.layout.geometry import BATCH, canonical_kernel
+from jpeft_interop.layout.geometry import canonical_kernel
 from jpeft_interop.lora_keys import Leaves, Shapes
 
 PREFIX = "base_model.model."
@@ -31,6 +31,7 @@ class Spot(NamedTuple):
       as_head: whether it is an embedding used as a tied head.
       head_bias: where that head's bias lies, if it has one.
       stored: the module's name in PEFT's files, where that is another.
+      is_parameter: whether PEFT adapts it as a parameter (`target_parameters`), and `module` is its name.
     """
 
     module: str
@@ -38,6 +39,7 @@ class Spot(NamedTuple):
     as_head: bool = False
     head_bias: str | None = None
     stored: str | None = None
+    is_parameter: bool = False
 
     @property
     def is_lookup(self) -> bool:
@@ -57,8 +59,8 @@ def spot_of(link: Link, kernel: Kernel, layout: Layout) -> Spot:
             f"{link.path!r} is looked up under {len(lookups)} names, {', '.join(map(repr, lookups))}, each of which "
             "PEFT adapts for itself or not at all: an adapter of a part of them has no form here"
         )
-    if link.kind in BATCH:
-        return Spot(link.key, canonical_kernel(link))
+    if link.key in layout.parameters:
+        return Spot(link.key, canonical_kernel(link), is_parameter=True)
     if not link.key.endswith(".weight"):
         raise AdapterError(f"{link.path!r} lies in {link.key!r}; PEFT adapts modules, whose weight is called 'weight'")
     module, as_head = link.key.removesuffix(".weight"), is_head(link, kernel)
@@ -117,13 +119,13 @@ def _no_groups(spot: Spot) -> str | None:
     return "a low-rank adapter on a grouped convolution is no change of its kernel" if spot.kernel.groups != 1 else None
 
 
-def _no_experts(spot: Spot) -> str | None:
-    return "PEFT's target_parameters are for LoRA alone" if spot.kernel.batch else None
+def _no_parameter(spot: Spot) -> str | None:
+    return "PEFT's target_parameters are for LoRA alone" if spot.is_parameter else None
 
 
 def _dora_not(spot: Spot) -> str | None:
-    if spot.kernel.batch:
-        return _no_experts(spot)
+    if spot.is_parameter:
+        return _no_parameter(spot)
     if spot.as_head:
         return (
             "DoRA on a tied output head has a magnitude for each token, on the embedding one for each feature: no "
@@ -135,8 +137,8 @@ def _dora_not(spot: Spot) -> str | None:
 def _adalora_not(spot: Spot) -> str | None:
     if spot.is_lookup:
         return "AdaLoRA has no form for embeddings"
-    if spot.kernel.batch:
-        return _no_experts(spot)
+    if spot.is_parameter:
+        return _no_parameter(spot)
     if spot.kernel.kind == "conv" and len(spot.kernel.contracted) != 3:
         return "AdaLoRA has no form for convolutions but those of images"
     return _no_groups(spot)
@@ -148,8 +150,8 @@ def _ia3_not(spot: Spot) -> str | None:
             f"IA³ on the tied output head scales its bias {spot.head_bias!r} too, which lies elsewhere; adapt "
             "params where the head is a leaf of its own"
         )
-    if spot.kernel.batch:
-        return _no_experts(spot)
+    if spot.is_parameter:
+        return _no_parameter(spot)
     if spot.is_lookup:
         return "IA³ has no form for embeddings"
     if spot.kernel.kind == "conv" and len(spot.kernel.contracted) not in (3, 4):

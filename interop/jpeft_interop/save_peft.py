@@ -75,7 +75,7 @@ def save_peft(
     spec = _exported_spec(adapter, found, layout)
     weights = [f"{one.spot.module}.weight" for one in found]
     fan_in_fan_out = any(layout.by_key[key][0].kind == "conv1d" for key in weights if key in layout.by_key)
-    parameters = {one.spot.module for one in found if one.spot.kernel.batch}
+    parameters = {one.spot.module for one in found if one.spot.is_parameter}
     _check_parameters(spec, parameters)
     named = tuple(shortest(parameters, layout.parameters))
     config = write_config(PeftConfig(spec, base_model, task_type, fan_in_fan_out, named))

@@ -68,7 +68,7 @@ def uniform(matrices: list[Matrix], spec: Any) -> tuple[list[Matrix], Any]:
     Raises:
       AdapterError: experts' stacked kernels, which vLLM has under names of each model's own.
     """
-    if stacked := [matrix.spot.module for matrix in matrices if matrix.spot.kernel.batch]:
+    if stacked := [matrix.spot.module for matrix in matrices if matrix.spot.is_parameter]:
         raise AdapterError(f"vLLM's names for adapters of experts ({stacked[0]!r}) are each model's own: {MERGE}")
     rank = max((matrix.rank for matrix in matrices), default=0)
     stated = np.float32(spec.scaling(rank))

@@ -63,7 +63,7 @@ def matrices(adapter: Adapter, layout: Layout) -> list[Matrix]:
                     found[one.spot.module].append((link, one))
     joined = [_fused([one for _, one in parts], layout.by_key[parts[0][0].key]) for parts in found.values()]
     kept = [one for one in joined if KEYS[one.site.method].has_rank_zero or one.rank > 0]
-    stored = stored_names(one.spot.module for one in kept if one.spot.kernel.batch)
+    stored = stored_names(one.spot.module for one in kept if one.spot.is_parameter)
     return [replace(one, spot=one.spot._replace(stored=stored.get(one.spot.module))) for one in kept]
 
 

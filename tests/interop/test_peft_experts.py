@@ -40,6 +40,8 @@ CONFIGS = {
     ),
     "parameters alone": dict(r=2, target_modules=[], target_parameters=["experts.down_proj"]),
     "one layer": dict(r=2, target_modules=["o_proj"], target_parameters=["0.mlp.experts.down_proj"]),
+    "a router": dict(r=2, target_modules=[], target_parameters=["mlp.gate.weight", "experts.down_proj"]),
+    "all-linear": dict(r=2, target_modules="all-linear"),
 }  # fmt: skip
 
 
@@ -73,6 +75,22 @@ def test_an_adapter_made_here_is_the_same_in_peft(make, tmp_path):
     save_peft(tmp_path / "ours", adapter, params=params)
     loaded, _ = load(module, tmp_path / "ours")
     assert largest_difference(jpeft.merge(params, adapter), params_from_torch(loaded.merge_and_unload())) < 1e-5
+
+
+def test_dense_layers_beside_experts_are_modules_in_peft_too(tmp_path):
+    """PEFT takes `gate_proj` for the experts' of this family; layer 1 here has none, and is named as a parameter."""
+    module = base(qwen3_moe)
+    params = params_from_torch(module)
+    spec = jpeft.LoRA(rank=2, targets=["mlp.gate_proj", "mlp.down_proj", "q_proj"], rank_pattern={"mlp.down_proj": 3})
+    adapter = jpeft.init(jax.random.key(0), spec, params)
+    noise = lambda leaf: leaf + 0.1 * np.random.default_rng(leaf.size).standard_normal(leaf.shape).astype(leaf.dtype)
+    adapter = adapter.replace(trained=jax.tree.map(noise, adapter.trained))
+    save_peft(tmp_path / "ours", adapter, params=params)
+    loaded, warned = load(module, tmp_path / "ours")
+    assert not [text for text in warned if "missing" in text.lower() or "unexpected" in text.lower()]
+    assert largest_difference(jpeft.merge(params, adapter), params_from_torch(loaded.merge_and_unload())) < 1e-5
+    back = load_peft(tmp_path / "ours", params)
+    assert jax.tree.all(jax.tree.map(np.array_equal, back.trained, adapter.trained))
 
 
 def test_experts_apart_here_and_stacked_in_torch(tmp_path):
@@ -138,7 +156,7 @@ def test_what_peft_has_not_for_parameters_is_refused(tmp_path):
     with pytest.raises(jpeft.AdapterError, match="no dropout=0.1"):
         save_peft(tmp_path / "a", jpeft.init(jax.random.key(0), spec, params, layout=layout), params=params)
     dora = jpeft.init(jax.random.key(0), jpeft.DoRA(rank=2, targets=["experts.down_proj"]), params, layout=layout)
-    with pytest.raises(jpeft.AdapterError, match="for LoRA alone"):
+    with pytest.raises(jpeft.AdapterError, match="target_parameters are for LoRA alone"):
         save_peft(tmp_path / "a", dora, params=params)
     with pytest.raises(jpeft.AdapterError, match="the order|whose order"):
         stored_names(["experts.bank", "experts.down_proj"])

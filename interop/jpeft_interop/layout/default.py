@@ -17,6 +17,8 @@ from jpeft_interop.models.families import FAMILIES
 CONV1D = re.compile(r"(?:^|/)h/\d+/(?:(?:cross)?attn|crossattention|mlp)/(?:c_attn|q_attn|c_proj|c_fc)/kernel$")
 # transformers' stacked kernels of experts, (experts, out, in)
 EXPERTS = re.compile(r"(?:^|/)experts/(?:gate_up_proj|down_proj)$")
+# and their routers, (experts, in)
+ROUTER = re.compile(r"(?:^|/)mlp/(?:gate|router)/weight$")
 # The paths that one leaf stands for where a config ties embeddings: the leaf's own, and another of torch's.
 TIED = tuple(dict.fromkeys(pair for family in FAMILIES for pair in family.tied))
 
@@ -51,6 +53,8 @@ def _tensor(path: str, ndim: int) -> tuple[str, Tensor]:
         return f"{taps} i o", Tensor(weight, f"o i {taps}", "conv")
     if EXPERTS.search(path) and ndim == 3:
         return "e o i", Tensor(dotted(path), "e o i", "experts")
+    if ROUTER.search(path) and ndim == 2:
+        return "o i", Tensor(dotted(path), "o i", "matrix")
     axes = " ".join(f"a{n}" for n in range(ndim))
     return axes, Tensor(dotted(path), axes, "plain")
 

@@ -12,10 +12,19 @@ from jpeft_interop.layout.place import Place
 
 # Of a torch tensor, the axes that its module contracts (looks up, for an embedding), in the order that a kernel here
 # has them, and those that come out.
-CONTRACTED = {"linear": (1,), "conv1d": (0,), "embedding": (0,), "experts": (2,), "experts_io": (1,)}
-OUTPUT = {"linear": (0,), "conv": (0,), "conv1d": (1,), "embedding": (1,), "experts": (1,), "experts_io": (2,)}
+CONTRACTED = {"linear": (1,), "matrix": (1,), "conv1d": (0,), "embedding": (0,), "experts": (2,), "experts_io": (1,)}
+OUTPUT = {
+    "linear": (0,),
+    "matrix": (0,),
+    "conv": (0,),
+    "conv1d": (1,),
+    "embedding": (1,),
+    "experts": (1,),
+    "experts_io": (2,),
+}
 EXPERT = re.compile(r"(?:^|\.)experts\.\{(\w+)")
 BATCH = {"experts": (0,), "experts_io": (0,)}
+PARAMETERS = (*BATCH, "matrix")  # what PEFT adapts as parameters, not as modules
 
 
 def contracted_axes(kind: Kind, ndim: int) -> tuple[int, ...]:
@@ -77,5 +86,5 @@ def canonical_kernel(link: Link, *, as_head: bool = False, groups: int = 1) -> K
     if link.kind in BATCH:
         whole = (shape[0], shape[2], shape[1]) if link.kind == "experts" else shape
         return Kernel(whole, (1,), (2,), (0,))
-    matrix = shape[::-1] if link.kind == "linear" else shape
+    matrix = shape[::-1] if link.kind in ("linear", "matrix") else shape
     return Kernel(matrix, (0,), (1,), kind="embedding" if link.kind == "embedding" else "product")

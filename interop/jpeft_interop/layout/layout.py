@@ -12,6 +12,7 @@ others, `infer_layout` finds it from the weights in both forms, a ready one is n
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -24,10 +25,13 @@ from jpeft.errors import AdapterError, WeightsError
 from jpeft.kernel import Kernel, Kernels
 from jpeft.tree import flatten, nearest, replace
 from jpeft_interop.arrays import host, own
-from jpeft_interop.layout.geometry import BATCH, canonical_kernel, kernel_of
+from jpeft_interop.layout.geometry import BATCH, PARAMETERS, canonical_kernel, kernel_of
 from jpeft_interop.layout.link import Link, assign, to_leaf, to_tensor, whole
 from jpeft_interop.layout.place import Place
 from jpeft_interop.torch_table import nest
+
+# Names that PEFT 0.21 reads as those of experts, where transformers 5 has stacked them.
+EXPERTS_OWN = re.compile(r"(?:^|\.)(?:gate|gate_proj|up_proj|down_proj|w1|w2|w3)\.weight$")
 
 
 @dataclass(frozen=True)
@@ -119,20 +123,28 @@ class Layout(Mapping[str, Place]):
                 )
         return flat
 
-    @property
+    @cached_property
     def modules(self) -> dict[str, Kernel]:
         """The torch modules that have a weight of a product, and its kernel, apart from where it lies here."""
         weights = {key: links[0] for key, links in self.by_key.items() if key.endswith(".weight")}
         return {
             key.removesuffix(".weight"): canonical_kernel(link)
             for key, link in weights.items()
-            if link.kind not in ("plain", *BATCH)
+            if link.kind != "plain" and key not in self.parameters
         }
 
-    @property
+    @cached_property
     def parameters(self) -> set[str]:
-        """The torch parameters that are experts' stacked kernels, no module's weight."""
-        return {key for key, links in self.by_key.items() if links[0].kind in BATCH}
+        """The torch parameters that PEFT adapts as such: experts' stacked kernels, routers.
+
+        In a model with experts also the weights of other modules that are called as experts' once were: PEFT takes the
+        names of such targets for the experts'.
+        """
+        kinds = {key: links[0].kind for key, links in self.by_key.items()}
+        found = {key for key, kind in kinds.items() if kind in PARAMETERS}
+        if BATCH.keys() & {kinds[key] for key in found}:
+            found |= {key for key, kind in kinds.items() if kind == "linear" and EXPERTS_OWN.search(key)}
+        return found
 
     @cached_property
     def kernels(self) -> Kernels:

@@ -16,7 +16,7 @@ import numpy as np
 from jpeft_interop.layout.axes import Axis, Sizes
 
 Side = tuple[Axis, ...]
-Kind = Literal["linear", "conv", "conv1d", "embedding", "experts", "experts_io", "plain"]
+Kind = Literal["linear", "conv", "conv1d", "embedding", "experts", "experts_io", "matrix", "plain"]
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,8 @@ class Link:
       path: the leaf's.
       key: the torch tensor's name.
       kind: what torch's tensor is: `linear` (out, in), `conv` (out, in, k...), `conv1d` (in, out), `embedding` (rows,
-        features), `experts` (experts, out, in), `experts_io` (experts, in, out), or `plain`: the weight of no product.
+        features), `experts` (experts, out, in), `experts_io` (experts, in, out), `matrix` (out, in) of a module of
+        another kind than Linear (a router), or `plain`: the weight of no product.
       leaf: the leaf's axes.
       torch: the tensor's.
       index: the numbers in the key, by name.

@@ -22,7 +22,8 @@ class Tensor(NamedTuple):
       key: the torch name.
       axes: its axes, in the notation of `jpeft_interop.layout.axes`.
       kind: what it is to its module: `linear` (out, in), `conv` (out, in, k...), `conv1d` (in, out), `embedding` (rows,
-        features), `experts` (experts, out, in), `experts_io` (experts, in, out), `plain`: the weight of no product.
+        features), `experts` (experts, out, in), `experts_io` (experts, in, out), `matrix` (out, in) of a module of
+        another kind than Linear (a router), `plain`: the weight of no product.
     """
 
     key: str
