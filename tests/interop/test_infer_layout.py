@@ -1,5 +1,6 @@
 """infer_layout: found unaided on the trees that people have, proven, and refused where it is not so."""
 
+import jax
 import numpy as np
 import pytest
 
@@ -223,6 +224,10 @@ def test_buffers_and_leaves_without_counterpart():
         infer_layout(params, state)
     layout = infer_layout(params, state, ignore=["*inv_freq", "lora/*"])
     assert "lora/a" not in layout and "position_ids" not in layout.by_key
+    counted = stacked(state) | {"step": np.int32(3), "key": jax.random.key(0)}
+    with pytest.raises(WeightsError, match=r"no tensor holds 'step'|no tensor holds 'key'"):
+        infer_layout(counted, state, ignore=["*inv_freq"])
+    infer_layout(counted, state, ignore=["*inv_freq", "step", "key"])
 
 
 def test_an_order_that_no_layout_says_is_refused():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -56,17 +57,18 @@ def infer_layout(
       >>> kernel = np.arange(6.0).reshape(2, 3)
       >>> layout = infer_layout({"up": {"kernel": kernel}}, {"up.weight": kernel.T})
       >>> layout["up/kernel"].axes, layout["up/kernel"].torch[0].axes
-      ('i o', 'o i')
+      ('d o', 'o d')
     """
     ignore, opened = tuple(ignore), open_state(state)
     flat = {path: leaf for path, leaf in flatten(params).items() if not _matches(path, ignore)}
     leaves = seen_leaves(flat)
     every = seen_tensors(opened)
-    tensors = {key: t for key, t in every.items() if _is_weight(t) and not _matches(key, ignore)}
+    tensors = {key: t for key, t in every.items() if t.is_float and not _matches(key, ignore)}
     total = sum(leaf.size for leaf in leaves.values()) + 2 * sum(tensor.size for tensor in tensors.values())
     with watched(total, show=progress) as tick:
-        found = find_pieces(leaves, tensors, working_dtype([*leaves.values(), *tensors.values()]), tick)
-        _require_complete(found)
+        weights = {path: leaf for path, leaf in leaves.items() if leaf.is_float}
+        found = find_pieces(weights, tensors, working_dtype([*weights.values(), *tensors.values()]), tick)
+        _require_complete(replace(found, leaves=leaves))
         layout, padded = _layout(found, kernels)
         wrong = list(all_wrong(layout, flat, leaves, tensors, opened, padded, tolerance, tick))
     if wrong:
@@ -76,11 +78,6 @@ def infer_layout(
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def _is_weight(tensor: Seen) -> bool:
-    """Whether it holds floats: integers and masks are buffers."""
-    return tensor.dtype.kind not in "iub"
 
 
 def working_dtype(arrays: Sequence[Seen]) -> np.dtype:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 
 NUMBER = re.compile(r"(?<![A-Za-z0-9])\d+(?![A-Za-z0-9])")
+NAMES = 1 << 14  # asked for again and again, where many tensors are equal
 PARTS = re.compile(r"[./]")
 # Words that most names have, and that tell none apart.
 COMMON = frozenset(
@@ -13,6 +15,7 @@ COMMON = frozenset(
 )
 
 
+@lru_cache(NAMES)
 def numbers(name: str) -> tuple[int, ...]:
     """The numbers in a name that stand alone between signs.
 
@@ -23,6 +26,7 @@ def numbers(name: str) -> tuple[int, ...]:
     return tuple(int(found[0]) for found in NUMBER.finditer(name.replace("_", "/")))
 
 
+@lru_cache(NAMES)
 def pattern(name: str) -> str:
     """The name with its numbers left open.
 
@@ -44,6 +48,7 @@ def last(name: str) -> str:
     return PARTS.split(name)[-1]
 
 
+@lru_cache(NAMES)
 def words(name: str) -> frozenset[str]:
     """The words that tell a name apart from others."""
     found = re.findall(

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from jpeft.errors import WeightsError
@@ -45,6 +46,11 @@ class Seen:
         return tuple(self.full[axis] for axis in self.axes)
 
     @property
+    def is_float(self) -> bool:
+        """Whether it holds floats: integers, masks and random keys are no weights."""
+        return self.dtype.kind not in "iubO"
+
+    @property
     def size(self) -> int:
         """How many values."""
         return math.prod(self.full)
@@ -56,10 +62,8 @@ class Seen:
 
 def seen_leaves(flat: Mapping[str, Any]) -> dict[str, Seen]:
     """The leaves of params, by path."""
-    return {
-        path: _seen(path, leaf, lambda leaf=leaf: host(leaf), lambda leaf=leaf: give_back(leaf))
-        for path, leaf in flat.items()
-    }
+    make = lambda leaf: (lambda: host(leaf), lambda: give_back(leaf))
+    return {path: _seen(path, leaf, *make(leaf)) for path, leaf in flat.items()}
 
 
 def seen_tensors(state: Mapping[str, Any]) -> dict[str, Seen]:
@@ -90,11 +94,12 @@ def _seen(name: str, array: Any, read: Callable[[], np.ndarray], release: Callab
 
 
 def _dtype(dtype: Any) -> np.dtype:
-    """NumPy's, of torch's as well."""
+    """NumPy's, of torch's as well; of objects for what NumPy has not (random keys)."""
     name = str(dtype).removeprefix("torch.")
-    import ml_dtypes
-
-    return np.dtype(getattr(ml_dtypes, name)) if hasattr(ml_dtypes, name) else np.dtype(name)
+    try:
+        return np.dtype(getattr(ml_dtypes, name, name))
+    except TypeError:
+        return np.dtype(object)
 
 
 def give_back(array: Any) -> None:
