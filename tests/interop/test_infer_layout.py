@@ -209,11 +209,10 @@ def test_another_tensor_in_its_place_is_refused():
 def test_a_tolerance_allows_other_roundings():
     state = state_dict()
     params = stacked(state)
-    noisy = {key: tensor * np.float32(1 + 1e-6) if tensor.ndim > 1 else tensor for key, tensor in state.items()}
-    with pytest.raises(WeightsError):
-        infer_layout(params, noisy | {"model.norm.weight": array(WIDTH)})
     key = "model.layers.1.mlp.down_proj.weight"
     near = changed(state, key)
+    with pytest.raises(WeightsError, match="1 of 960 values differ"):
+        infer_layout(params, near)
     require_exact(infer_layout(params, near, tolerance=1e-6), params, state)
 
 
