@@ -46,7 +46,8 @@ def infer_layout(
       state: torch tensors or arrays by torch's names; or a folder or a file of safetensors, mapped into memory.
       kernels: the weights' geometry (`jpeft.kernels`), to tell what each tensor is to its module; by names without.
       ignore: patterns (`*` stands for any text) of leaves and of tensors that have no counterpart.
-      tolerance: how far a tensor's values may be apart, as a share of its largest.
+      tolerance: how far a tensor's values may be apart in the end, as a share of its largest. Places are found by lines
+        that are equal, so that most values must be.
       progress: whether to show how far it is, once it takes a second.
 
     Raises:
