@@ -79,11 +79,12 @@ class Table:
     ties: tuple[Tie, ...] = ()
 
 
-def dense(path: str, key: str | None = None, *, bias: bool = False) -> Rules:
+def dense(path: str, key: str | None = None, *, axes: str = "i o", bias: bool = False) -> Rules:
     """A kernel (in, out) of a torch Linear, which is called as its path if nothing is said."""
     key = key or path.replace("/", ".")
-    biases = (Rule(f"{path}/bias", "o", {f"{key}.bias": "o"}),) if bias else ()
-    return (Rule(f"{path}/kernel", "i o", {f"{key}.weight": "o i"}), *biases)
+    inputs, outputs = axes.split()
+    biases = (Rule(f"{path}/bias", outputs, {f"{key}.bias": outputs}),) if bias else ()
+    return (Rule(f"{path}/kernel", axes, {f"{key}.weight": f"{outputs} {inputs}"}), *biases)
 
 
 def norm(path: str, key: str | None = None, *, leaf: str = "scale", bias: bool = False) -> Rules:

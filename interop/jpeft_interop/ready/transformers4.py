@@ -9,12 +9,14 @@ from jpeft_interop.ready.rule import Rule, Rules, Table, Tie, Torch, dense, embe
 LAYER = "model/layers/{i}"
 LLAMA = joined(
     embedding("model/embed_tokens/embedding", "model.embed_tokens.weight"),
-    *(dense(f"{LAYER}/self_attn/{name}_proj") for name in "qkvo"),
-    *(dense(f"{LAYER}/mlp/{name}_proj") for name in ("gate", "up", "down")),
+    *(dense(f"{LAYER}/self_attn/{name}_proj", axes="d o") for name in "qkv"),
+    dense(f"{LAYER}/self_attn/o_proj", axes="i d"),
+    *(dense(f"{LAYER}/mlp/{name}_proj", axes="d f") for name in ("gate", "up")),
+    dense(f"{LAYER}/mlp/down_proj", axes="f d"),
     *(norm(f"{LAYER}/{name}", leaf="weight") for name in ("input_layernorm", "post_attention_layernorm")),
     norm("model/norm", leaf="weight"),
 )
-HEAD = dense("lm_head")
+HEAD = dense("lm_head", axes="d v")
 LLAMA_TIE = (Tie("model.embed_tokens.weight", "lm_head.weight"),)
 
 BLOCK = "transformer/h/{i}"

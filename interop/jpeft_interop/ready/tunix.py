@@ -21,7 +21,11 @@ BODY = joined(
     *(norm(f"{LAYER}/{n}", f"{TORCH}.{n}", leaf="w") for n in ("input_layernorm", "post_attention_layernorm")),
     norm("final_norm", "model.norm", leaf="w"),
 )
-LINEARS = joined(*(dense(f"{LAYER}/mlp/{n}_proj", f"{MLP}.{n}_proj") for n in ("gate", "up", "down")))
+LINEARS = joined(
+    dense(f"{LAYER}/mlp/gate_proj", f"{MLP}.gate_proj", axes="d f"),
+    dense(f"{LAYER}/mlp/up_proj", f"{MLP}.up_proj", axes="d f"),
+    dense(f"{LAYER}/mlp/down_proj", f"{MLP}.down_proj", axes="f d"),
+)
 BIASES = tuple(Rule(f"{LAYER}/attn/{n}_bias", "o", {f"{ATTENTION}.{n}_proj.bias": "o"}) for n in "qkv")
 QK_NORMS = joined(*(norm(f"{LAYER}/attn/{n}", f"{ATTENTION}.{n}", leaf="w") for n in ("q_norm", "k_norm")))
 EXPERTS = (
