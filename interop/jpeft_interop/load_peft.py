@@ -123,8 +123,8 @@ class _Reading:
         for name in self.config.parameters:
             if not any(is_targeted(known, (name,)) for known in self.layout.parameters):
                 raise AdapterError(
-                    f"{self.file}: {name!r}, in 'target_parameters' in {CONFIG}, is no stacked kernel or router of these "
-                    f"params; the nearest are {nearest(name, self.layout.parameters)}"
+                    f"{self.file}: {name!r}, in 'target_parameters' in {CONFIG}, is no stacked kernel or router here; "
+                    f"the nearest are {nearest(name, self.layout.parameters)}"
                 )
         return [name for name in self.layout.parameters if is_targeted(name, self.config.parameters)]
 
