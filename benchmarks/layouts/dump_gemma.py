@@ -7,6 +7,7 @@ they are placed right. One folder a family under OUT: see dumps.py.
 """
 
 import sys
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -167,6 +168,12 @@ def _norms(layer: dict[str, np.ndarray], config: Any) -> dict[str, np.ndarray]:
     if config.use_qk_norm:
         names |= {"attn/_query_norm": "self_attn.q_norm", "attn/_key_norm": "self_attn.k_norm"}
     return {f"{ours}/scale": layer[f"{theirs}.weight"] for ours, theirs in names.items()}
+
+
+def forward(family: str, model: Any) -> Callable[[Any, dict[str, np.ndarray]], jax.Array]:
+    """The Linen model's logits of params (nested dicts) and inputs."""
+    linen = _transformer.Transformer(config=config_of(FAMILIES[family][1]), dtype=jnp.float32)
+    return lambda params, inputs: linen.apply({"params": params}, jnp.asarray(inputs["input_ids"])).logits
 
 
 def dump(family: str, out: Path) -> None:

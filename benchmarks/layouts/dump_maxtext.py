@@ -9,6 +9,7 @@ MaxText's converters want whole models by name (and its Llama and Mistral ones M
 import importlib
 import sys
 import tempfile
+from collections.abc import Callable
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
@@ -226,23 +227,50 @@ def _stacked(name: str, layers: list[dict[str, np.ndarray]]) -> dict[str, np.nda
     return {f"{name}/{path}": np.stack([layer[path] for layer in layers], axis=1) for path in layers[0]}
 
 
+class Maxtext:
+    """MaxText's model of a family."""
+
+    def __init__(self, family: str, scanned: bool) -> None:
+        _, block, layers, options = FAMILIES[family]
+        blocks = layers // 2 if family == "gemma2" else layers  # its blocks are pairs, and its config counts blocks
+        config = config_of(block, blocks, options, scanned)
+        self.mesh = jax.sharding.Mesh(maxtext_utils.create_device_mesh(config), config.mesh_axes)
+        self.model = models.transformer_as_linen(config, self.mesh, quant=None)
+        self.rngs = {name: jax.random.key(0) for name in ("params", "dropout", "aqt")}
+
+    def inputs(self, tokens: np.ndarray) -> dict[str, Any]:
+        """Its arguments for these tokens."""
+        inputs = {"decoder_input_tokens": jnp.asarray(tokens), "decoder_positions": jnp.tile(jnp.arange(9), (2, 1))}
+        return inputs | {"decoder_segment_ids": jnp.ones((2, 9), jnp.int32), "enable_dropout": False}
+
+    def tree(self, tokens: np.ndarray) -> Any:
+        """The shapes of its own params."""
+        with jax.set_mesh(self.mesh):
+            own = jax.eval_shape(lambda: self.model.init(self.rngs, **self.inputs(tokens)))
+        return nn.unbox(own)["params"]
+
+    def logits(self, params: Any, tokens: np.ndarray) -> jax.Array:
+        """Its logits of `{"params": …}`."""
+        with jax.set_mesh(self.mesh):
+            return self.model.apply(params, rngs=self.rngs, **self.inputs(tokens))
+
+
+def forward(family: str, model: Any) -> Callable[[Any, dict[str, np.ndarray]], jax.Array]:
+    """MaxText's logits of params (nested dicts) and inputs."""
+    maxtext = Maxtext(family.removesuffix("_unscanned"), not family.endswith("_unscanned"))
+    return lambda params, inputs: maxtext.logits(params, inputs["input_ids"])
+
+
 def dump(family: str, scanned: bool, out: Path) -> None:
     """Draws the torch model, places its weights in MaxText's tree, and saves both with their logits."""
-    name, block, layers, options = FAMILIES[family]
-    blocks = layers // 2 if family == "gemma2" else layers  # its blocks are pairs, and its config counts blocks
-    config, model = config_of(block, blocks, options, scanned), torch_model(name, layers)
+    name, _, layers, _ = FAMILIES[family]
+    model = torch_model(name, layers)
     leaves = placed(family, {k: v.numpy() for k, v in model.state_dict().items()}, layers, scanned)
-    mesh = jax.sharding.Mesh(maxtext_utils.create_device_mesh(config), config.mesh_axes)
-    maxtext = models.transformer_as_linen(config, mesh, quant=None)
     tokens = np.random.default_rng(1).integers(3, SIZES.vocab, (2, 9))
-    inputs = {"decoder_input_tokens": jnp.asarray(tokens), "decoder_positions": jnp.tile(jnp.arange(9), (2, 1))}
-    inputs |= {"decoder_segment_ids": jnp.ones((2, 9), jnp.int32), "enable_dropout": False}
-    rngs = {name: jax.random.key(0) for name in ("params", "dropout", "aqt")}
-    with jax.set_mesh(mesh):
-        own_tree = nn.unbox(jax.eval_shape(lambda: maxtext.init(rngs, **inputs)))["params"]
-        _same_shapes(family, flatten_dict(own_tree, sep="/"), leaves)
-        params = unflatten_dict({tuple(path.split("/")): jnp.asarray(leaf) for path, leaf in leaves.items()})
-        logits = maxtext.apply({"params": params}, rngs=rngs, **inputs)
+    maxtext = Maxtext(family, scanned)
+    _same_shapes(family, flatten_dict(maxtext.tree(tokens), sep="/"), leaves)
+    params = unflatten_dict({tuple(path.split("/")): jnp.asarray(leaf) for path, leaf in leaves.items()})
+    logits = maxtext.logits({"params": params}, tokens)
     with torch.no_grad():
         torch_logits = model(input_ids=torch.from_numpy(tokens)).logits.numpy()
     save(

@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -95,6 +96,13 @@ def inputs_of(family: str) -> dict[str, np.ndarray]:
     tokens = lambda: rng.integers(3, SIZES.vocab, (2, 9))
     decoder = {"decoder_input_ids": tokens()} if family.startswith("t5") else {}
     return {"input_ids": tokens(), "attention_mask": np.ones((2, 9), np.int64), **decoder}
+
+
+def forward(family: str, model: Any) -> Callable[[Any, dict[str, np.ndarray]], Any]:
+    """The Flax class's logits of params (nested dicts) and inputs."""
+    jnp.clip = knowing_a_max(jnp.clip)
+    flax_model = getattr(transformers, f"Flax{FAMILIES[family][0]}")(model.config, _do_init=False)
+    return lambda params, inputs: flax_model(**inputs, params=params).logits
 
 
 def dump(family: str, out: Path) -> None:

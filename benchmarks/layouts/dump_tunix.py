@@ -9,8 +9,11 @@ import importlib
 import sys
 import tempfile
 import types
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
@@ -19,6 +22,8 @@ from bare import without_its_init
 from dumps import SIZES, randomized, save
 from flax import nnx
 from safetensors.numpy import load_file, save_file
+
+from jpeft.tree import flatten, replace
 
 without_its_init("tunix")  # its __init__ imports every trainer there is
 
@@ -125,21 +130,46 @@ def as_gemma_2_names_its_norms(file: Path) -> None:
     save_file({name.replace(*before_mlp): array for name, array in load_file(file).items()}, file)
 
 
+def loaded(family: str, model: Any) -> nnx.Module:
+    """Tunix's model of a torch one, as its loader makes it."""
+    package, _, config = FAMILIES[family]
+    model_lib = importlib.import_module(f"tunix.models.{package}.model")
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        if family in ("gemma", "gemma_fused"):
+            as_gemma_2_names_its_norms(Path(folder) / "model.safetensors")
+        return loader_of(package)(folder, tunix_config(family, model_lib, config))
+
+
+def logits_of(jax_model: Any, tokens: np.ndarray) -> jax.Array:
+    """Its logits."""
+    length = tokens.shape[1]
+    positions = np.broadcast_to(np.arange(length), tokens.shape)
+    causal = np.broadcast_to(np.tri(length, dtype=bool), (*tokens.shape, length))
+    logits, _ = jax_model(jnp.asarray(tokens), jnp.asarray(positions), None, jnp.asarray(causal))
+    return logits
+
+
+def forward(family: str, model: Any) -> Callable[[Any, dict[str, np.ndarray]], jax.Array]:
+    """Tunix's logits of params (nested dicts) and inputs."""
+    jax_model = loaded(family, model)
+
+    def run(params: Any, inputs: dict[str, np.ndarray]) -> jax.Array:
+        state = nnx.state(jax_model, nnx.Param)
+        nnx.update(jax_model, replace(state, flatten(params)))
+        return logits_of(jax_model, inputs["input_ids"])
+
+    return run
+
+
 def dump(family: str, out: Path) -> None:
     """Draws the torch model, has Tunix load what it saves, and saves both with their logits."""
     package, name, config = FAMILIES[family]
     torch_class = getattr(transformers, name)
     model = randomized(torch_class(torch_class.config_class(**config, attn_implementation="eager")))
-    model_lib = importlib.import_module(f"tunix.models.{package}.model")
     tokens = np.random.default_rng(1).integers(3, SIZES.vocab, (2, 9))
-    positions, causal = np.broadcast_to(np.arange(9), (2, 9)), np.broadcast_to(np.tri(9, dtype=bool), (2, 9, 9))
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        if family in ("gemma", "gemma_fused"):
-            as_gemma_2_names_its_norms(Path(folder) / "model.safetensors")
-        jax_model = loader_of(package)(folder, tunix_config(family, model_lib, config))
-        params = flattened(jax_model)
-        logits, _ = jax_model(jnp.asarray(tokens), jnp.asarray(positions), None, jnp.asarray(causal))
+    jax_model = loaded(family, model)
+    params, logits = flattened(jax_model), logits_of(jax_model, tokens)
     with torch.no_grad():
         torch_logits = model(input_ids=torch.from_numpy(tokens)).logits.numpy()
     save(

@@ -147,6 +147,59 @@ def test_every_name_has_a_recorded_tree():
     assert {ready(family) for family in FAMILIES} | {"transformers4/vit_files"} == set(ready_names())
 
 
+def in_layer(state: dict, number: int, name: str) -> np.ndarray:
+    return state[f"model.layers.{number}.{name}.weight"]
+
+
+def by_heads(weight: np.ndarray) -> np.ndarray:
+    """(heads, d, 10)."""
+    return weight.reshape(-1, 10, 24).swapaxes(1, 2)
+
+
+# What a leaf is, written out: a wrong row would be its own inverse.
+LEAVES = {
+    ("tunix/llama3", "layers/1/attn/q_proj/w"): lambda s: in_layer(s, 1, "self_attn.q_proj").T.reshape(24, 6, 10),
+    ("tunix/qwen3_moe", "layers/1/mlp/up_proj"):
+        lambda s: s["model.layers.1.mlp.experts.gate_up_proj"][:, 44:].swapaxes(1, 2),
+    ("gemma/gemma2", "layer_1/attn/kv_einsum/w"):
+        lambda s: np.stack([by_heads(in_layer(s, 1, f"self_attn.{n}_proj")) for n in "kv"]),
+    ("gemma/gemma1_fused", "layer_1/attn/qkv_einsum/w"):
+        lambda s: np.stack([by_heads(in_layer(s, 1, f"self_attn.{n}_proj")) for n in "qkv"]),
+    ("gemma/gemma2", "layer_1/mlp/gating_einsum"):
+        lambda s: np.stack([in_layer(s, 1, f"mlp.{n}_proj").T for n in ("gate", "up")]),
+    ("maxtext/llama31", "params/decoder/layers/self_attention/query/kernel"):
+        lambda s: np.stack(
+            [
+                in_layer(s, i, "self_attn.q_proj").T.reshape(24, 6, 2, 5).swapaxes(2, 3).reshape(24, 6, 10) / 10**0.5
+                for i in range(5)
+            ],
+            axis=1,
+        ),
+    ("maxtext/llama2", "params/decoder/layers/self_attention/out/kernel"):
+        lambda s: np.stack([in_layer(s, i, "self_attn.o_proj").T.reshape(6, 10, 24) for i in range(5)], axis=1),
+    ("maxtext/qwen3_unscanned", "params/decoder/layers_1/self_attention/query/kernel"):
+        lambda s: in_layer(s, 1, "self_attn.q_proj").T.reshape(24, 6, 10),
+    ("maxtext/gemma2", "params/decoder/layers/mlp_global/wi_0/kernel"):
+        lambda s: np.stack([in_layer(s, i, "mlp.gate_proj").T for i in (1, 3, 5, 7)], axis=1),
+    ("maxtext/gemma2_unscanned", "params/decoder/layers_1/mlp_local/wi_1/kernel"):
+        lambda s: in_layer(s, 2, "mlp.up_proj").T,
+    ("maxtext/gemma3", "params/decoder/layers/layers_2/pre_self_attention_norm/scale"):
+        lambda s: 1 + np.stack([in_layer(s, i, "input_layernorm") for i in (2, 8)], axis=1),
+    ("maxtext/gemma3", "params/decoder/layers_remainder/layers_0/mlp/wo/kernel"):
+        lambda s: in_layer(s, 12, "mlp.down_proj").T,
+    ("maxtext/gemma", "params/token_embedder/embedding"): lambda s: s["model.embed_tokens.weight"] * 24**0.5,
+    ("maxtext/gemma", "params/decoder/decoder_norm/scale"): lambda s: 1 + s["model.norm.weight"],
+    ("transformers4/gpt2", "transformer/h/1/attn/c_attn/kernel"): lambda s: s["transformer.h.1.attn.c_attn.weight"].T,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("family", "path"), LEAVES)
+def test_what_a_leaf_is(family, path):
+    state = arrays_of(torch_model(family))
+    leaf = layout_of(family).leaf(path, state)
+    np.testing.assert_allclose(leaf, LEAVES[family, path](state), rtol=3e-7)
+
+
 KERNELS = {
     ("tunix/llama3", "layers/0/attn/o_proj/w"): ("product", (), (0, 1), (2,)),
     ("tunix/qwen3_moe", "layers/0/mlp/down_proj"): ("product", (0,), (1,), (2,)),
@@ -266,3 +319,17 @@ def test_no_layers_left_over():
 def test_the_names_in_files_of_vit():
     layout = ready_layout("transformers4/vit_files", shapes_of("transformers4/vit"))
     assert layout.by_key.keys() >= {"vit.encoder.layer.4.attention.attention.query.weight", "vit.layernorm.bias"}
+
+
+@pytest.mark.parametrize(
+    ("family", "base"),
+    [("llama", "model"), ("gpt2", "transformer"), ("bert", "bert"), ("roberta_mlm", "roberta"), ("vit", "vit")],
+)
+def test_a_model_without_a_head(family, base):
+    whole = shapes_of(f"transformers4/{family}")
+    shapes = {path.removeprefix(f"{base}/"): leaf for path, leaf in whole.items() if path.startswith(f"{base}/")}
+    layout = ready_layout(ready(f"transformers4/{family}"), shapes)
+    module = torch_model(f"transformers4/{family}").base_model
+    back = layout.arrays(layout.from_torch(module.state_dict()))
+    assert back.keys() == module.state_dict().keys()
+    assert all(np.array_equal(back[key], tensor) for key, tensor in arrays_of(module).items())

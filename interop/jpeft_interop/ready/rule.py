@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from jpeft_interop.layout.link import Kind
 
@@ -102,3 +102,21 @@ def embedding(path: str, key: str, axes: str = "v d") -> Rules:
 def joined(*groups: Rules) -> Rules:
     """All their rows."""
     return tuple(rule for group in groups for rule in group)
+
+
+def with_base(table: Table, base: str) -> tuple[Table, Table]:
+    """The table, and that of the model without a head, whose paths and keys lack `base` in front."""
+    rules, options = _of_base(table.rules, base), (_of_base(option, base) for option in table.options)
+    return table, Table(rules, tuple(option for option in options if option))
+
+
+def _of_base(rules: Rules, base: str) -> Rules:
+    return tuple(
+        replace(
+            rule,
+            path=rule.path.removeprefix(f"{base}/"),
+            torch={key.removeprefix(f"{base}."): told for key, told in rule.torch.items()},
+        )
+        for rule in rules
+        if rule.path.startswith(f"{base}/")
+    )

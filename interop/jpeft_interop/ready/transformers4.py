@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from jpeft_interop.ready.rule import Rule, Rules, Table, Tie, Torch, dense, embedding, joined, norm
+from jpeft_interop.ready.rule import Rule, Rules, Table, Tie, Torch, dense, embedding, joined, norm, with_base
 
 LAYER = "model/layers/{i}"
 LLAMA = joined(
@@ -101,7 +101,7 @@ def vit(layer: str, names: Mapping[str, str]) -> tuple[Table, ...]:
         *(norm(f"{IMAGE}/{name}", f"{layer}.{name}", bias=True) for name in IMAGE_NORMS),
         norm("vit/layernorm", bias=True),
     )
-    return (Table(rules, (pooler("vit"), CLASSIFIER)),)
+    return with_base(Table(rules, (pooler("vit"), CLASSIFIER)), "vit")
 
 
 def t5(mlp: tuple[str, ...]) -> Table:
@@ -131,18 +131,18 @@ def _stack(name: str, attention: tuple[str, ...], mlp: tuple[str, ...]) -> Rules
 
 BERT_TIE = (Tie("bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.weight", "cls/predictions/bias"),)
 ROBERTA_TIE = (Tie("roberta.embeddings.word_embeddings.weight", "lm_head.decoder.weight", "lm_head/bias"),)
+LLAMAS = with_base(Table(LLAMA, (HEAD,), LLAMA_TIE), "model")
+BERT = Table(encoder("bert"), (pooler("bert"), BERT_MLM, NEXT_SENTENCE, CLASSIFIER, ANSWERS), BERT_TIE)
+ROBERTA = Table(encoder("roberta"), (pooler("roberta"), ROBERTA_MLM, CLASSIFIER, ANSWERS), ROBERTA_TIE)
 TABLES: dict[str, tuple[Table, ...]] = {
-    "transformers4/llama": (Table(LLAMA, (HEAD,), LLAMA_TIE),),
-    "transformers4/mistral": (Table(LLAMA, (HEAD,), LLAMA_TIE),),
-    "transformers4/gemma": (Table(LLAMA, (HEAD,), LLAMA_TIE),),
-    "transformers4/gpt2": (Table(GPT2, (HEAD,), (Tie("transformer.wte.weight", "lm_head.weight"),)),),
-    "transformers4/bert": (
-        Table(encoder("bert"), (pooler("bert"), BERT_MLM, NEXT_SENTENCE, CLASSIFIER, ANSWERS), BERT_TIE),
+    "transformers4/llama": LLAMAS,
+    "transformers4/mistral": LLAMAS,
+    "transformers4/gemma": LLAMAS,
+    "transformers4/gpt2": with_base(
+        Table(GPT2, (HEAD,), (Tie("transformer.wte.weight", "lm_head.weight"),)), "transformer"
     ),
-    "transformers4/roberta": (
-        Table(encoder("roberta"), (pooler("roberta"), ROBERTA_MLM, CLASSIFIER, ANSWERS), ROBERTA_TIE),
-        Table(encoder("roberta"), (ROBERTA_CLASSIFIER,), ROBERTA_TIE),
-    ),
+    "transformers4/bert": with_base(BERT, "bert"),
+    "transformers4/roberta": (*with_base(ROBERTA, "roberta"), Table(encoder("roberta"), (ROBERTA_CLASSIFIER,))),
     "transformers4/vit": vit("vit.layers.{i}", RENAMED),
     "transformers4/vit_files": vit("vit.encoder.layer.{i}", {name: name.replace("/", ".") for name in RENAMED}),
     "transformers4/t5": (t5(("wi", "wo")), t5(("wi_0", "wi_1", "wo"))),
