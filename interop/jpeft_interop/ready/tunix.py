@@ -29,7 +29,7 @@ LINEARS = joined(
 BIASES = tuple(Rule(f"{LAYER}/attn/{n}_bias", "o", {f"{ATTENTION}.{n}_proj.bias": "o"}) for n in "qkv")
 QK_NORMS = joined(*(norm(f"{LAYER}/attn/{n}", f"{ATTENTION}.{n}", leaf="w") for n in ("q_norm", "k_norm")))
 EXPERTS = (
-    Rule(f"{LAYER}/mlp/router/kernel", "d e", {f"{MLP}.gate.weight": ("e d", "plain")}),
+    Rule(f"{LAYER}/mlp/router/kernel", "d e", {f"{MLP}.gate.weight": ("e d", "matrix")}),
     Rule(f"{LAYER}/mlp/gate_proj", "e d m", {f"{MLP}.experts.gate_up_proj": ("e (m + {m}) d", "experts")}),
     Rule(f"{LAYER}/mlp/up_proj", "e d m", {f"{MLP}.experts.gate_up_proj": ("e ({m} + m) d", "experts")}),
     Rule(f"{LAYER}/mlp/down_proj", "e m d", {f"{MLP}.experts.down_proj": ("e d m", "experts")}),
