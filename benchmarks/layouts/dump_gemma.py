@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import torch
 import transformers
@@ -43,7 +42,7 @@ def array_type(name: str) -> type:
 
     class Typed:
         def __class_getitem__(cls, dims: str):
-            return getattr(jaxtyping, name)[jax.Array, dims]
+            return getattr(import_module("jaxtyping"), name)[jax.Array, dims]
 
     return Typed
 

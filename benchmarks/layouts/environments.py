@@ -21,7 +21,14 @@ from pathlib import Path
 PACKAGES = {
     "transformers4": ("transformers==4.57.6", "huggingface_hub==0.36.2", "tokenizers==0.22.2"),
     "tunix": ("google-tunix==0.1.7", "einops==0.8.2"),
-    "gemma": ("gemma==3.3.0", "einops==0.8.2", "chex==0.1.92", "toolz==1.2.0"),
+    "gemma": (
+        "gemma==3.3.0",
+        "einops==0.8.2",
+        "chex==0.1.92",
+        "toolz==1.2.0",
+        "jaxtyping==0.3.11",
+        "wadler_lindig==0.1.8",
+    ),
     "maxtext": ("maxtext==0.2.5", "omegaconf==2.4.0", "antlr4-python3-runtime==4.9.3"),
 }
 ROOT = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "jpeft" / "environments"

@@ -175,8 +175,9 @@ class Joined:
             return None
         mask = np.zeros((*kernel.batch_shape, self.rank, *output), np.float32)
         for found in self.by_index.values():
+            whole = self._scale(found)
             for i in found:
-                part = self._ones(self.pieces[i], "b") * np.float32(self.scales[i] / (self._scale(found) or 1.0))
+                part = self._ones(self.pieces[i], "b") * np.float32(self.scales[i] / whole if whole else 1.0)
                 put_matrix(mask, "b", part, self.pieces[i].link, kernel, self.starts[i])
         mask[~self._adapted] = 1  # the scaling is zero there
         if (mask == 1).all() or mask.size == 0:
@@ -208,6 +209,8 @@ class Joined:
             self._refuse("some have no factors: DoRA's magnitudes of those would be trained, too")
         if method == "adalora" and (not self._are_whole or self.rank != max(ranks)):
             self._refuse("AdaLoRA's penalty and budget are of each matrix on its own")
+        if any(0 in (scales := [self.scales[i] for i in found]) and any(scales) for found in self.by_index.values()):
+            self._refuse("some have alpha 0: as blocks of one adapter they would be lost")
         if getattr(self.spec, "factor_bias", False) and self._mask() is not None:
             self._refuse("each has a bias of B (lora_bias), and they differ in rank or scaling")
 

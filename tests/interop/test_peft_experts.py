@@ -13,7 +13,7 @@ from jpeft.tree import flatten
 from jpeft_interop import Layout, Place, load_peft, params_from_torch, save_peft
 from jpeft_interop.layout import default_layout
 from jpeft_interop.target_parameters import stored_names
-from peft_round_trip import largest_difference
+from peft_round_trip import assert_logits, largest_difference, logits_of
 from peft_twins import IDS, adapted, base, load, save
 
 WEIGHTS = "adapter_model.safetensors"
@@ -52,6 +52,8 @@ def test_experts_adapters_both_ways(make, row, tmp_path):
     theirs = adapted(module, **CONFIGS[row])
     params = params_from_torch(module)
     adapter = load_peft(save(theirs, tmp_path / "theirs"), params)
+    tokens = np.random.default_rng(0).integers(0, 50, (2, 7))
+    assert_logits(logits_of(module, params, adapter, tokens), theirs, module, tokens)
     merged = params_from_torch(theirs.merge_and_unload())
     assert largest_difference(params, merged) > 1e-3
     assert largest_difference(jpeft.merge(params, adapter), merged) < 1e-5

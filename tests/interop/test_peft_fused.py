@@ -180,6 +180,9 @@ def test_what_is_not_one_adapter_of_the_whole_is_refused(tmp_path):
     adalora = save(adapted_by(module, config), tmp_path / "adalora")
     with pytest.raises(jpeft.AdapterError, match="AdaLoRA's penalty and budget"):
         load_peft(adalora, params, layout=layout)
+    none = adapted(module, r=2, target_modules=["q_proj", "k_proj"], alpha_pattern={"k_proj": 0})
+    with pytest.raises(jpeft.AdapterError, match="some have alpha 0"):
+        load_peft(save(none, tmp_path / "none"), params, layout=layout)
     config = IA3Config(target_modules=["gate_proj", "up_proj"], feedforward_modules=["gate_proj", "up_proj"])
     with pytest.raises(jpeft.AdapterError, match="inputs, which are scaled differently"):
         load_peft(save(adapted_by(module, config), tmp_path / "ia3"), params, layout=layout)
