@@ -79,10 +79,11 @@ def cases(arguments: argparse.Namespace, folder: Path) -> Iterator[tuple[str, An
     yield "SmolLM2 as loaded", params, state, ()
     yield "SmolLM2, scanned, split, interleaved, fused", own_form(flat), state, ()
     if arguments.billions:
-        yield f"synthetic, {arguments.billions:g} billion, bf16", *synthetic(folder, arguments.billions), ()
+        params, state = synthetic(folder, arguments.billions)
+        yield f"synthetic, {arguments.billions:g} billion, bf16", params, state, ()
     for dump in sorted(Path(arguments.dumps).glob("*/*")) if arguments.dumps else ():
-        both = (load_file(dump / f"{name}.safetensors") for name in ("params", "torch"))
-        yield f"{dump.parent.name}/{dump.name}", *both, ()
+        params, state = (load_file(dump / f"{name}.safetensors") for name in ("params", "torch"))
+        yield f"{dump.parent.name}/{dump.name}", params, state, ()
 
 
 def main() -> None:
