@@ -20,7 +20,7 @@ from pathlib import Path
 # no model file imports (and, for transformers, another jax).
 PACKAGES = {
     "transformers4": ("transformers==4.57.6", "huggingface_hub==0.36.2", "tokenizers==0.22.2"),
-    "tunix": ("google-tunix==0.1.7", "einops==0.8.2"),
+    "tunix": ("google-tunix==0.1.7", "einops==0.8.2", "jaxtyping==0.3.11", "wadler_lindig==0.1.8"),
     "gemma": (
         "gemma==3.3.0",
         "einops==0.8.2",
