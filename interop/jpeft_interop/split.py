@@ -58,17 +58,17 @@ def matrices(adapter: Adapter, layout: Layout) -> list[Matrix]:
     found: dict[str, list[tuple[Link, Matrix]]] = defaultdict(list)
     for site in adapter.sites:
         if site.method in KEYS:
-            for link in _links(site, layout):
-                if (one := _matrix(adapter, site, link, layout)) is not None:
-                    found[one.spot.module].append((link, one))
+            for link, spot in _places(site, layout):
+                if (one := _matrix(adapter, site, link, spot)) is not None:
+                    found[spot.module].append((link, one))
     joined = [_fused([one for _, one in parts], layout.by_key[parts[0][0].key]) for parts in found.values()]
     kept = [one for one in joined if KEYS[one.site.method].has_rank_zero or one.rank > 0]
     stored = stored_names(one.spot.module for one in kept if one.spot.is_parameter)
     return [replace(one, spot=one.spot._replace(stored=stored.get(one.spot.module))) for one in kept]
 
 
-def _links(site: Site, layout: Layout) -> Iterator[Link]:
-    """The regions of a weight that an adapter acts on."""
+def _places(site: Site, layout: Layout) -> Iterator[tuple[Link, Spot]]:
+    """The regions of a weight that an adapter acts on, each with its torch matrix."""
     if site.path not in layout:
         raise AdapterError(
             f"the layout has no place for {site.path!r}; add one: Place.of(axes, {{torch_key: torch_axes}})"
@@ -82,12 +82,12 @@ def _links(site: Site, layout: Layout) -> Iterator[Link]:
             raise AdapterError(f"{site.path!r} lies in {link.key!r}, which the layout has for the weight of no product")
         spot = spot_of(link, site.kernel, layout)
         if is_adapted(site, link) and (site.use is None or (site.use == "product") == spot.as_head):
-            yield link
+            yield link, spot
 
 
-def _matrix(adapter: Adapter, site: Site, link: Link, layout: Layout) -> Matrix | None:
+def _matrix(adapter: Adapter, site: Site, link: Link, spot: Spot) -> Matrix | None:
     """The adapter of one region; None where a mask leaves nothing of it."""
-    kernel, spot = site.kernel, spot_of(link, site.kernel, layout)
+    kernel = site.kernel
     if (reason := KEYS[site.method].why_not(spot)) is not None:
         raise AdapterError(f"{site.path!r} has no place in a PEFT file: {reason}")
     constant = adapter.constant.get(site.path, {})

@@ -12,7 +12,7 @@ from jpeft_interop.models.stack import Stack
 from jpeft_interop.weights import Weights
 
 
-class Joined:
+class Stacked:
     """One stacked tensor, copied together from its parts each time it is asked for."""
 
     def __init__(self, weights: Weights, keys: Sequence[Sequence[str]]):
@@ -56,7 +56,7 @@ def join_stacks(weights: Weights, stacks: Sequence[Stack]) -> Weights:
     return weights.with_sources({key for parts in found.values() for key in parts.values()}, joined)
 
 
-def _joined(weights: Weights, name: str, parts: dict[tuple[int, int], str], width: int) -> Joined:
+def _joined(weights: Weights, name: str, parts: dict[tuple[int, int], str], width: int) -> Stacked:
     first = next(iter(parts.values()))
     if name in weights:
         raise WeightsError(f"{weights.file(first)}: {first!r} is a part of {name!r}, which is there, too")
@@ -70,7 +70,7 @@ def _joined(weights: Weights, name: str, parts: dict[tuple[int, int], str], widt
         )
     for key in parts.values():
         _require_like(weights, first, key)
-    return Joined(weights, [[parts[expert, part] for part in range(width)] for expert in range(experts)])
+    return Stacked(weights, [[parts[expert, part] for part in range(width)] for expert in range(experts)])
 
 
 def _require_like(weights: Weights, first: str, key: str) -> None:

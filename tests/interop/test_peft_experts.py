@@ -32,6 +32,18 @@ def qwen3_moe():
     return Qwen3MoeForCausalLM(config)
 
 
+def there_and_back(theirs, params, layout, folder) -> jpeft.Adapter:
+    """PEFT's adapter read by a layout: the same merged tensors, and the same file when it is written again."""
+    adapter = load_peft(save(theirs, folder / "theirs"), params, layout=layout)
+    expected = theirs.merge_and_unload().state_dict()
+    for name, tensor in layout.arrays(jpeft.merge(params, adapter)).items():
+        np.testing.assert_allclose(tensor, expected[name].numpy(), atol=1e-5)
+    save_peft(folder / "ours", adapter, params=params, layout=layout)
+    first, second = load_file(folder / "theirs" / WEIGHTS), load_file(folder / "ours" / WEIGHTS)
+    assert first.keys() == second.keys() and all(np.array_equal(first[key], second[key]) for key in first)
+    return adapter
+
+
 CONFIGS = {
     "one": dict(r=2, lora_alpha=5, target_modules=["q_proj"], target_parameters=["experts.gate_up_proj"]),
     "nested": dict(
@@ -110,13 +122,7 @@ def test_experts_apart_here_and_stacked_in_torch(tmp_path):
     params = layout.from_torch(state)
     names = ["experts.gate_up_proj", "experts.down_proj"]
     theirs = adapted(module, r=2, target_modules=[], target_parameters=names)
-    adapter = load_peft(save(theirs, tmp_path / "theirs"), params, layout=layout)
-    expected = theirs.merge_and_unload().state_dict()
-    for name, tensor in layout.arrays(jpeft.merge(params, adapter)).items():
-        np.testing.assert_allclose(tensor, expected[name].numpy(), atol=1e-5)
-    save_peft(tmp_path / "ours", adapter, params=params, layout=layout)
-    first, second = load_file(tmp_path / "theirs" / WEIGHTS), load_file(tmp_path / "ours" / WEIGHTS)
-    assert first.keys() == second.keys() and all(np.array_equal(first[key], second[key]) for key in first)
+    there_and_back(theirs, params, layout, tmp_path)
 
 
 def test_experts_outside_the_layers(tmp_path):
@@ -128,14 +134,8 @@ def test_experts_outside_the_layers(tmp_path):
     layout = Layout.of(shape, {"down": Place.of("e l f d", {key: ("e d f", "experts")})})
     params = layout.from_torch(state)
     theirs = adapted(module, r=2, target_modules=[], target_parameters=["1.mlp.experts.down_proj"])
-    adapter = load_peft(save(theirs, tmp_path / "theirs"), params, layout=layout)
+    adapter = there_and_back(theirs, params, layout, tmp_path)
     assert adapter.sites[0].layers == (1,) and adapter.sites[0].kernel.experts == (0,)
-    expected = theirs.merge_and_unload().state_dict()
-    for name, tensor in layout.arrays(jpeft.merge(params, adapter)).items():
-        np.testing.assert_allclose(tensor, expected[name].numpy(), atol=1e-5)
-    save_peft(tmp_path / "ours", adapter, params=params, layout=layout)
-    first, second = load_file(tmp_path / "theirs" / WEIGHTS), load_file(tmp_path / "ours" / WEIGHTS)
-    assert first.keys() == second.keys() and all(np.array_equal(first[key], second[key]) for key in first)
 
 
 def test_one_a_for_all_experts_is_repeated_in_the_file(tmp_path):
