@@ -1,12 +1,15 @@
-"""A model's folder and an adapter, folded into a new ordinary Hugging Face folder, tensor by tensor.
+"""A model's folder and an adapter, folded into a new ordinary Hugging Face folder, a few rows at a time.
 
-The base stays in its mapped file: a weight is read, changed, written and dropped before the next one is touched.
+The base stays in its mapped file. Rows of it are read, changed, checked and written where they belong in the new file,
+several such blocks at once (`merge_rows`). What is more than rows of one matrix (stacked experts, a bias that is added
+to) goes through `jpeft.apply` tensor by tensor.
 """
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,29 +18,32 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax import Array
 
 import jpeft
 from jpeft.adapter import Meta
 from jpeft.errors import MergeError, WeightsError
 from jpeft.site import Site
-from jpeft.tree import flatten, module_of
+from jpeft.tree import module_of
+from jpeft_interop.abstract import abstract_params
 from jpeft_interop.any_adapter import load_adapter
 from jpeft_interop.arrays import host, is_finite, own
+from jpeft_interop.blocks import Block, Blocks, Write
 from jpeft_interop.checkpoint import match, model_table
 from jpeft_interop.classifier_config import with_adapters_head
 from jpeft_interop.fit import some
 from jpeft_interop.load_model import hf_folder, read_config
-from jpeft_interop.models import Family, build, family, pure
-from jpeft_interop.save_model import save_model
+from jpeft_interop.merge_rows import Change, goes_by_rows, row_change
+from jpeft_interop.models import Family, family
+from jpeft_interop.save_model import Lazy, write_model
 from jpeft_interop.stacks import join_stacks
-from jpeft_interop.torch_table import TorchKey, nest, to_jax, to_torch_shape
+from jpeft_interop.torch_table import TorchKey, nest, to_jax, to_torch_axes, to_torch_shape
 from jpeft_interop.weights import Weights, read_weights
 
 UNTIE = "tie_word_embeddings"
 MODULE = "module"
 BLOCK = 1 << 22  # entries of a weight that are worked on at once
+PIECE = 1 << 18  # entries that stay in a core's cache while they are
 COLUMNWISE = ("lora", "dora", "adalora", "ia3")  # methods that change each column of W for itself
 WHOLE = ("a", "e", "l_in")  # leaves without an axis for these columns
 
@@ -57,20 +63,6 @@ class Merged:
     changed: tuple[str, ...]
     kept: int
     left_out: Mapping[str, str]
-
-
-@dataclass(frozen=True)
-class Lazy:
-    """A leaf that is made when someone asks for its values, and forgotten after: what `save_model` writes."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    make: Callable[[], np.ndarray]
-    changed: bool
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        """The values."""
-        return np.asarray(self.make(), dtype)
 
 
 def merge_folder(
@@ -113,10 +105,11 @@ def merge_folder(
     untied = _has_to_untie(found, untie)
     if untied:
         config = config | {UNTIE: False}
-    tensors = {path: _counted(leaf, on_tensor) for path, leaf in _tensors(base, found, untied).items()}
+    acts = _acts(base, found, untied)
+    tensors = {name: _counted(_leaf(base, name, *act, found), on_tensor) for name, act in acts.items()}
     on_start(len(tensors))
-    save_model(out, nest(tensors), config, max_shard_bytes=max_shard_bytes, files_from=folder)
-    changed = tuple(path for path, leaf in tensors.items() if leaf.changed)
+    write_model(out, tensors, config, abstract_params(config) if untied else base.shapes, max_shard_bytes, folder)
+    changed = tuple(name for name, (_, sites) in acts.items() if sites)
     return Merged(changed, len(tensors) - len(changed), base.left_out)
 
 
@@ -125,6 +118,7 @@ class _Base:
     """The base's leaves by path, on mapped memory in JAX's axes, and where each comes from."""
 
     leaves: Mapping[str, np.ndarray]
+    shapes: Mapping[str, jax.ShapeDtypeStruct]
     table: Mapping[str, TorchKey]
     sources: Mapping[str, str]
     weights: Weights
@@ -135,13 +129,13 @@ class _Base:
 def _base(folder: Path, config: Mapping[str, Any]) -> _Base:
     known = family(config.get("model_type"))
     weights = join_stacks(read_weights(folder), known.stacks)
-    shapes = _shapes(config)
+    shapes = abstract_params(config)
     table = model_table(shapes, known)
     found = match(weights, table, shapes, known, str(next(iter(config.get("architectures") or ["the model"]))))
     dtype = next((weights.spec(key).dtype for key in found.sources.values()), np.dtype(np.float32))
     leaves = {path: np.broadcast_to(np.zeros((), dtype), shapes[path].shape) for path in found.missing}
     leaves |= {path: to_jax(weights[key], table[path]) for path, key in found.sources.items()}
-    return _Base({path: leaves[path] for path in table}, table, found.sources, weights, known, found.ignored)
+    return _Base({path: leaves[path] for path in table}, shapes, table, found.sources, weights, known, found.ignored)
 
 
 def _require_head(base: _Base, adapter: jpeft.Adapter, folder: Path) -> None:
@@ -149,10 +143,6 @@ def _require_head(base: _Base, adapter: jpeft.Adapter, folder: Path) -> None:
     brought = {site.path for site in adapter.sites if site.method == "replacement"}
     if missing := [path for path in base.leaves if path not in base.sources and path not in brought]:
         raise WeightsError(f"{folder} has no weights for {some(missing)}, and the adapter does not bring them")
-
-
-def _shapes(config: Mapping[str, Any]) -> dict[str, Any]:
-    return flatten(pure(nnx.eval_shape(lambda: build(config)))[1])
 
 
 def _has_to_untie(adapter: jpeft.Adapter, allowed: bool) -> bool:
@@ -167,18 +157,18 @@ def _has_to_untie(adapter: jpeft.Adapter, allowed: bool) -> bool:
     return bool(split)
 
 
-def _tensors(base: _Base, adapter: jpeft.Adapter, untied: bool) -> dict[str, Lazy]:
-    """Every leaf of the new model. Untied, a weight of two names is two leaves, each with what acts on its use."""
+def _acts(base: _Base, adapter: jpeft.Adapter, untied: bool) -> dict[str, tuple[str, tuple[Site, ...]]]:
+    """For every leaf of the new model, the base's that it comes from, and what acts on it.
+
+    Untied, a weight of two names is two leaves, each with what acts on its use.
+    """
     sites = _sites(adapter, base.leaves)
-    acting = lambda path, other: tuple(site for site in sites.get(path, ()) if site.use != other)
-    tensors = {path: _leaf(base, path, path, adapter, acting(path, "product")) for path in base.leaves}
+    acting = lambda path, other: (path, tuple(site for site in sites.get(path, ()) if site.use != other))
+    acts = {path: acting(path, "product") for path in base.leaves}
     if not untied:
-        return tensors
+        return acts
     heads = {first: second for first, second in base.family.tied if first in base.leaves and second not in base.leaves}
-    for first, second in heads.items():
-        leaf = _leaf(base, first, second, adapter, acting(first, "lookup"))
-        tensors[second] = _turned(leaf) if second.endswith("/kernel") else leaf
-    return tensors
+    return acts | {second: acting(first, "lookup") for first, second in heads.items()}
 
 
 def _sites(adapter: jpeft.Adapter, leaves: Mapping[str, Any]) -> dict[str, list[Site]]:
@@ -201,7 +191,7 @@ def _changes_bias(adapter: jpeft.Adapter, site: Site) -> bool:
 
 
 def _turned(leaf: Lazy) -> Lazy:
-    """An embedding (rows, columns) as the kernel (columns, rows) of a head."""
+    """An embedding (rows, columns) as the kernel (columns, rows) of a head: in torch they are the same."""
     return replace(leaf, shape=leaf.shape[::-1], make=lambda: leaf.make().T)
 
 
@@ -211,28 +201,90 @@ def _counted(leaf: Lazy, on_tensor: Callable[[], None]) -> Lazy:
         on_tensor()
         return array
 
-    return replace(leaf, make=make)
+    def blocks(of: Blocks) -> Iterator[Block]:
+        yield from of.blocks()
+        on_tensor()
+
+    counted = leaf.blocks and replace(leaf.blocks, blocks=partial(blocks, leaf.blocks))
+    return replace(leaf, make=make, blocks=counted)
 
 
-def _leaf(base: _Base, path: str, name: str, adapter: jpeft.Adapter, sites: tuple[Site, ...]) -> Lazy:
-    """The leaf at `path` with what the sites do to it; `name` is what errors call it."""
-    array, part = base.leaves[path], _part(adapter, sites)
+def _leaf(base: _Base, name: str, path: str, sites: tuple[Site, ...], adapter: jpeft.Adapter) -> Lazy:
+    """The leaf at `path` with what the sites do to it; `name` is what it is called in the new model."""
+    array = base.leaves[path]
+    make = partial(_made, base, name, path, sites, adapter) if sites else lambda: array
+    leaf = Lazy(array.shape, array.dtype, make, _blocks(base, name, path, sites, adapter))
+    return _turned(leaf) if name != path and name.endswith("/kernel") else leaf
+
+
+def _blocks(base: _Base, name: str, path: str, sites: tuple[Site, ...], adapter: jpeft.Adapter) -> Blocks | None:
+    """The leaf as it lies in torch, by rows; None where that can't be."""
+    array, entry = base.leaves[path], base.table[path]
+    axes = to_torch_axes(entry.kind, array.ndim)
+    own = len(sites) == 1 and sites[0].path == path and array.dtype.itemsize <= 4
+    if path not in base.sources or sites and not (own and goes_by_rows(adapter, sites[0], axes)):
+        return None
+
+    def blocks() -> Iterator[Block]:
+        change = row_change(adapter, sites[0], axes) if sites else None
+        source = base.weights[base.sources[path]]
+        source = source if sites else source.reshape(-1)
+        for rows in _slices(len(source), BLOCK, source):
+            yield source[rows].size, partial(_hand_over, base, name, path, source, change, rows)
+
+    return Blocks(to_torch_shape(array.shape, entry), array.dtype, blocks)
+
+
+def _slices(stop: int, entries: int, source: np.ndarray, start: int = 0) -> Iterator[slice]:
+    """The rows from `start` up to `stop` in parts of so many entries, or of one row."""
+    step = max(1, entries // max(1, math.prod(source.shape[1:])))
+    return (slice(row, min(row + step, stop)) for row in range(start, stop, step))
+
+
+def _hand_over(
+    base: _Base, name: str, path: str, source: np.ndarray, change: Change | None, rows: slice, write: Write
+) -> None:
+    """Write rows of the new leaf, and let go of the base's."""
+    pieces = list(_slices(rows.stop, PIECE, source, rows.start))
+    new = (source[piece] for piece in pieces) if change is None else _changed(source, change, pieces)
+    for array in new:
+        write(_checked(name, array, change))
+    size = source.itemsize * math.prod(source.shape[1:])
+    base.weights.release(base.sources[path], rows.start * size, rows.stop * size)
+
+
+def _changed(source: np.ndarray, change: Change, pieces: list[slice]) -> Iterator[np.ndarray]:
+    """The new rows, piece by piece, in fp32 and rounded once; each array is good until the next is asked for."""
+    shape = (pieces[0].stop - pieces[0].start, source.shape[1])
+    wide, room = np.empty(shape, np.float32), np.empty(shape, np.float32)
+    narrow = wide if source.dtype == np.float32 else np.empty(shape, source.dtype)
+    for piece in pieces:
+        w, spare, new = (array[: piece.stop - piece.start] for array in (wide, room, narrow))
+        with np.errstate(all="ignore"):  # what overflows is found, and refused
+            np.copyto(w, source[piece])
+            change(w, piece, spare)
+            np.copyto(new, w, casting="unsafe")
+        yield new
+
+
+def _checked(name: str, array: np.ndarray, change: object) -> np.ndarray:
+    if is_finite(array):
+        return array
+    if change is None:
+        raise WeightsError(f"{name!r} holds values that are not finite; nothing was written")
+    raise MergeError(f"{name!r} holds values that are not finite after merging; nothing was written")
+
+
+def _made(base: _Base, name: str, path: str, sites: tuple[Site, ...], adapter: jpeft.Adapter) -> np.ndarray:
+    """The leaf as a whole, by `jpeft.apply`."""
     biases = {f"{module_of(site.path)}/bias" for site in sites if _changes_bias(adapter, site)}
     neighbours = biases & base.leaves.keys()
     neighbours |= {site.path for site in sites}
     beside = tuple(sorted((_name(one), base.leaves[one].shape) for one in neighbours if one != path))
-
-    def make() -> np.ndarray:
-        if not sites:
-            return array
-        merged = _run(array, part, _name(path), beside, base.table[path])
-        if path in base.sources:
-            base.weights.release(base.sources[path])
-        if not is_finite(merged):
-            raise MergeError(f"{name!r} holds values that are not finite after merging; nothing was written")
-        return merged
-
-    return Lazy(tuple(array.shape), np.dtype(array.dtype), make, bool(sites))
+    merged = _run(base.leaves[path], _part(adapter, sites), _name(path), beside, base.table[path])
+    if path in base.sources:
+        base.weights.release(base.sources[path])
+    return _checked(name, merged, sites)
 
 
 def _name(path: str) -> str:
@@ -252,14 +304,14 @@ def _run(array: np.ndarray, adapter: jpeft.Adapter, leaf: str, beside: Beside, e
     """One leaf of a module, adapted, a block of columns at a time; laid out as torch has it, turned only to the eye."""
     result = np.empty(to_torch_shape(array.shape, entry), array.dtype)
     seen = to_jax(result, entry)
-    for columns in _blocks(array, adapter):
+    for columns in _columns(array, adapter):
         part = _narrowed(adapter, columns) if columns != slice(None) else adapter
         near = tuple((name, (*shape[:-1], part.sites[0].kernel.shape[-1])) for name, shape in beside)
         seen[..., columns] = host(_apply(own(array[..., columns]), part, leaf, near))
     return seen
 
 
-def _blocks(array: np.ndarray, adapter: jpeft.Adapter) -> list[slice]:
+def _columns(array: np.ndarray, adapter: jpeft.Adapter) -> list[slice]:
     """Parts of the output axis that are small enough for the fp32 work on them; all of it where there is more to it."""
     masked = any("mask" in leaves for leaves in adapter.constant.values())
     plain = not masked and all(

@@ -21,6 +21,7 @@ import numpy as np
 
 from jpeft.errors import AdapterError, JpeftError, WeightsError
 from jpeft_interop.arrays import host
+from jpeft_interop.blocks import Blocks, Piece, as_bytes, fill, run, synced_on_the_way
 from jpeft_interop.fit import ArraySpec
 from jpeft_interop.json_file import open_file, parse_json_object
 
@@ -96,12 +97,19 @@ class Tensors(Mapping[str, np.ndarray]):
         entry = self._entries[key]
         return ArraySpec(entry.shape, entry.dtype)
 
-    def release(self, key: str) -> None:
-        """Give the tensor's memory back to the system; arrays stay valid, and are read from the file again if used."""
+    def release(self, key: str, begin: int = 0, end: int | None = None) -> None:
+        """Give the tensor's memory back to the system; arrays stay valid, and are read from the file again if used.
+
+        Args:
+          key: which tensor.
+          begin: the first of its bytes.
+          end: the byte after the last; that of the tensor if None.
+        """
         entry = self._entries[key]
-        begin = -(-entry.begin // mmap.PAGESIZE) * mmap.PAGESIZE  # whole pages, and no neighbour's
-        if hasattr(self._mapped, "madvise") and entry.end > begin:
-            self._mapped.madvise(mmap.MADV_DONTNEED, begin, entry.end - begin)
+        first = -(-(entry.begin + begin) // mmap.PAGESIZE) * mmap.PAGESIZE  # whole pages, and no neighbour's
+        last = entry.end if end is None else entry.begin + end
+        if hasattr(self._mapped, "madvise") and last > first:
+            self._mapped.madvise(mmap.MADV_DONTNEED, first, last - first)
 
 
 def read_safetensors(
@@ -196,7 +204,7 @@ def write_safetensors(
 
     Args:
       path: the file; what was there is overwritten.
-      tensors: NumPy or JAX arrays, or `LazyArray`s.
+      tensors: NumPy or JAX arrays, `LazyArray`s, or `Blocks`, of which several are in memory at once.
       metadata: strings by string.
 
     Raises:
@@ -218,8 +226,19 @@ def write_safetensors(
     text += b" " * (-len(text) % 8)
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for key in order:
-            file.write(_bytes(key, tensors[key]))
+    start = 8 + len(text)
+    calls = (call for key in order for call in _calls(path, start + header[key]["data_offsets"][0], key, tensors[key]))
+    run(synced_on_the_way(path, calls))
+
+
+def _calls(path: str | os.PathLike[str], start: int, key: str, tensor: Any) -> Iterator[Piece]:
+    """What is left to call to write a tensor at byte `start`: one that is not in blocks is written when asked."""
+    if isinstance(tensor, Blocks):
+        yield from fill(path, start, key, tensor)
+        return
+    with open(path, "r+b") as file:
+        file.seek(start)
+        file.write(_bytes(key, tensor))
 
 
 def nbytes(tensor: Any) -> int:
@@ -241,4 +260,4 @@ def _bytes(key: str, tensor: Any) -> memoryview:
             f"{key!r} was announced as {np.dtype(tensor.dtype).name} {tuple(tensor.shape)}, "
             f"and is {array.dtype.name} {tuple(array.shape)}"
         )
-    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+    return as_bytes(array)

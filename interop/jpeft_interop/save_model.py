@@ -5,28 +5,51 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from jpeft.atomic import write_folder
 from jpeft.errors import WeightsError
 from jpeft.tree import flatten
+from jpeft_interop.abstract import abstract_params
 from jpeft_interop.arrays import host, is_finite
+from jpeft_interop.blocks import Blocks
 from jpeft_interop.checkpoint import model_table
 from jpeft_interop.fit import require_same_paths, require_same_shapes
 from jpeft_interop.load_model import CONFIG
-from jpeft_interop.models import Family, build, family, pure
+from jpeft_interop.models import Family, family
 from jpeft_interop.stacks import split_stack
 from jpeft_interop.torch_table import Table, TorchKey, to_torch, to_torch_shape
 from jpeft_interop.weights import LazyArray, is_weights_file, write_weights
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
+
+
+@dataclass(frozen=True)
+class Lazy:
+    """A leaf that is made when someone asks for its values, and forgotten after: what `write_model` writes.
+
+    Attributes:
+      shape: of the leaf.
+      dtype: its own.
+      make: gives the values.
+      blocks: the same as it lies in torch, block by block, each checked to be finite by whoever makes it.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    make: Callable[[], np.ndarray]
+    blocks: Blocks | None = None
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """The values."""
+        return np.asarray(self.make(), dtype)
 
 
 def save_model(
@@ -55,12 +78,22 @@ def save_model(
     config = dict(config if isinstance(config, Mapping) else config.to_dict())
     if architecture is not None:
         config["architectures"] = [architecture]
-    _, abstract = pure(nnx.eval_shape(lambda: build(config)))
-    flat, shapes = flatten(params), flatten(abstract)
+    write_model(folder, flatten(params), config, abstract_params(config), max_shard_bytes, files_from)
+
+
+def write_model(
+    folder: str | os.PathLike[str],
+    flat: Mapping[str, Any],
+    config: Mapping[str, Any],
+    shapes: Mapping[str, Any],
+    max_shard_bytes: int,
+    files_from: str | os.PathLike[str] | None,
+) -> None:
+    """`save_model` for leaves by path, `Lazy` ones among them, where the shapes of the config's model are known."""
     where = f"the {config['architectures'][0]} of this config"
     require_same_paths(flat, shapes, where)
     require_same_shapes(flat, shapes, where)
-    config = with_dtype(config, flat)
+    config = with_dtype(dict(config), flat)
     known = family(config.get("model_type"))
     table = model_table(shapes, known)
     text = json_of(config)
@@ -92,7 +125,7 @@ def json_of(config: Mapping[str, Any]) -> str:
         raise WeightsError(f"the config can't be written as JSON: {reason}") from None
 
 
-def _tensors(flat: Mapping[str, Any], table: Table, known: Family) -> Iterator[tuple[str, LazyArray]]:
+def _tensors(flat: Mapping[str, Any], table: Table, known: Family) -> Iterator[tuple[str, LazyArray | Blocks]]:
     @lru_cache(maxsize=2)  # parts come one by one: the two stacks of a layer are not made anew for each
     def whole(path: str) -> np.ndarray:
         return _tensor(flat[path], table[path])
@@ -101,6 +134,9 @@ def _tensors(flat: Mapping[str, Any], table: Table, known: Family) -> Iterator[t
         leaf = flat[path]
         name, shape = known.file_name(entry.key), to_torch_shape(tuple(leaf.shape), entry)
         parts = split_stack(name, shape, known.stacks)
+        if not parts and isinstance(leaf, Lazy) and leaf.blocks is not None:
+            yield name, leaf.blocks
+            continue
         for key, part_shape, piece in parts or [(name, shape, None)]:
             make = partial(_tensor, leaf, entry) if piece is None else lambda path=path, piece=piece: whole(path)[piece]
             yield key, LazyArray(part_shape, np.dtype(leaf.dtype), make)

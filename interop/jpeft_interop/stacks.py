@@ -34,7 +34,7 @@ class Stacked:
                 self._weights.release(part)
         return joined
 
-    def release(self, key: str) -> None:
+    def release(self, key: str, begin: int = 0, end: int | None = None) -> None:
         """Its parts are given back as soon as they are copied."""
 
 

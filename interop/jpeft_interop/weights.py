@@ -39,8 +39,8 @@ class Source(Protocol):
         """Shape and dtype, without touching the data."""
         ...
 
-    def release(self, key: str) -> None:
-        """Give the tensor's memory back to the system."""
+    def release(self, key: str, begin: int = 0, end: int | None = None) -> None:
+        """Give the tensor's memory back to the system, all of it or the bytes from `begin` up to `end`."""
         ...
 
 
@@ -82,9 +82,9 @@ class Weights(Mapping[str, np.ndarray]):
         self.release(other)
         return equal
 
-    def release(self, key: str) -> None:
-        """Give the tensor's memory back to the system, once it is copied."""
-        self._files[key].release(key)
+    def release(self, key: str, begin: int = 0, end: int | None = None) -> None:
+        """Give the tensor's memory back to the system once it is copied, or the bytes from `begin` up to `end`."""
+        self._files[key].release(key, begin, end)
 
 
 def read_weights(folder: str | os.PathLike[str]) -> Weights:
