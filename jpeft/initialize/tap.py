@@ -194,7 +194,7 @@ class _Tapping(Program):
         weight, x = values[side], values[1 - side]
         if is_weight(x):
             return self.dense(eqn, values, "a product of two adapted weights")
-        dims = Dims.of(eqn, side, x.ndim, weight.value.ndim)
+        dims = Dims.of(eqn.params["dimension_numbers"], side, x.ndim, weight.value.ndim)
         if not _fits(weight, dims):
             return self.dense(eqn, values, "the product contracts other axes than the adapter's")
         self.uses.append(Use(weight.path, "dot_general", "product", view=weight.view, roles=dims.roles))

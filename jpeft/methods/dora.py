@@ -20,7 +20,6 @@ from jax import Array
 
 from jpeft.errors import KernelError
 from jpeft.kernel import Kernel, to_matrix, wide
-from jpeft.low_rank import added
 from jpeft.method import Leaves, Meeting, Method, Weights
 from jpeft.methods import lora
 from jpeft.site import Site
@@ -100,8 +99,8 @@ def _factored_gain(w: Weights, leaves: Leaves) -> Array:
 
 def product(x: Array, y: Array, w: Weights, leaves: Leaves, *, forward_mode: bool) -> Array:
     """y' = m / ‖V‖_c (y + s (x A) B)."""
-    branch = lora.branch(x, leaves, forward_mode=forward_mode)
-    return (added(wide(y), wide(branch)) * _factored_gain(w, leaves)[..., None, :]).astype(y.dtype)
+    v = lora.product(x, wide(y), w, leaves, forward_mode=forward_mode)
+    return (v * _factored_gain(w, leaves)[..., None, :]).astype(y.dtype)
 
 
 def lookup(meeting: Meeting, y: Array, w: Weights, leaves: Leaves) -> Array:

@@ -20,7 +20,7 @@ import numpy as np
 from jax import Array
 
 from jpeft.kernel import Kernel
-from jpeft.low_rank import added, low_rank, low_rank_plain
+from jpeft.low_rank import low_rank, low_rank_plain
 from jpeft.method import Leaves, Meeting, Method, Site, Weights
 from jpeft.spec import Spec, names_of
 from jpeft.targets import Patterns, frozen_mapping, pattern_value
@@ -195,14 +195,8 @@ def weighted(leaves: Leaves, weight: Array) -> Leaves:
 
 def product(x: Array, y: Array, w: Weights, leaves: Leaves, *, forward_mode: bool) -> Array:
     """y = x W + s (x A) B, the branch in the factors' dtype."""
-    return added(y, branch(x, leaves, forward_mode=forward_mode).astype(y.dtype))
-
-
-def branch(x: Array, leaves: Leaves, *, forward_mode: bool) -> Array:
-    """s (x A) B, in the factors' dtype."""
-    product = low_rank_plain if forward_mode else low_rank
     a, b = leaves["a"], leaves["b"]
-    return product(x.astype(a.dtype), a, b, _scaling(leaves))
+    return (low_rank_plain if forward_mode else low_rank)(x.astype(a.dtype), y, a, b, _scaling(leaves))
 
 
 def _scaling(leaves: Leaves) -> Array:

@@ -69,8 +69,8 @@ def transform(w: Array, leaves: Leaves) -> Array:
 def product(x: Array, y: Array, w: Weights, leaves: Leaves, *, forward_mode: bool) -> Array:
     """y + ((x A) ⊙ g) B with `gates` (*batch, rows, K) in the leaves."""
     a, b, gates = leaves["a"], leaves["b"], leaves["gates"].astype(leaves["a"].dtype)
-    branch = gated_low_rank(x.astype(a.dtype), a, b, gates @ leaves["share"])
-    return y + (branch + gates @ leaves["bias"] if "bias" in leaves else branch).astype(y.dtype)
+    y = gated_low_rank(x.astype(a.dtype), y, a, b, gates @ leaves["share"])
+    return y + (gates @ leaves["bias"]).astype(y.dtype) if "bias" in leaves else y
 
 
 def lookup(meeting: Meeting, y: Array, w: Weights, leaves: Leaves) -> Array:

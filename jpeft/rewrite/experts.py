@@ -119,5 +119,5 @@ def _scaled(x: Array, branches: Sequence[Branch], groups: Groups) -> Array:
 def _meeting(program: Program, x: Array, branch: Branch, groups: Groups) -> Meeting:
     """With an input of its own: dropout is the branch's, one mask for the rows of all experts."""
     key = branch.dropout_key
-    seen = dropped(program, x, branch if key is None else replace(branch, dropout_key=key[..., 0]))
+    seen = dropped(len(program.uses), x, branch if key is None else replace(branch, dropout_key=key[..., 0]))
     return Meeting(lambda a: groups.dot(seen.astype(a.dtype), a), groups.dot, groups.each)

@@ -7,14 +7,14 @@ The base's own equation is re-bound as it was. The branch runs on matrices: x as
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.extend.core import JaxprEqn
+from jax.extend.core import JaxprEqn, Primitive
 
 from jpeft.gates import aligned
 from jpeft.kernel import wide
@@ -28,6 +28,7 @@ from jpeft.view import covers, from_original
 
 Outs = Sequence[Any] | None
 Met = Sequence[tuple[Branch, Meeting]]
+Summed = Callable[[Array, Array, Weights, Sequence[Branch]], Array]
 
 
 def dot_general(program: Program, eqn: JaxprEqn, values: Sequence[Any]) -> Outs:
@@ -36,20 +37,56 @@ def dot_general(program: Program, eqn: JaxprEqn, values: Sequence[Any]) -> Outs:
     weight, x = values[side], values[1 - side]
     if is_weight(x):
         return program.dense(eqn, values, "a product of two adapted weights")
-    dims = Dims.of(eqn, side, x.ndim, weight.value.ndim)
+    dims = Dims.of(eqn.params["dimension_numbers"], side, x.ndim, weight.value.ndim)
     use = Use(weight.path, "dot_general", "product", view=weight.view, shape=weight.kernel.shape, roles=dims.roles)
     if program.watch:
         program.uses.append(use)
         return [Result(bind(eqn, [x, weight.value][:: 1 if side else -1])[0], weight.path)]
-    base = lambda x: bind(eqn, [x, weight.value][:: 1 if side else -1])[0]
-    product = _product
-    if (out := _batch_put_out(weight, dims)) and not any(map(_scales_input, weight.branches)):
-        dims, product = dims.with_batch(out), partial(_product_for_all, x_dims=dims, out=out)
-    branches = oriented(weight, dims, lambda method: method.product is not None)
-    if branches is None:
+    if _oriented(weight, dims)[0] is None:
         return program.dense(eqn, values, "the product contracts other axes than the adapter's")
     program.uses.append(use)
-    return [product(program, x, base, replace(weight, branches=branches), dims)]
+    # Traced once for all the layers that are alike: what a layer is called matters to nothing but an error's text.
+    alike = weight if any(branch.gates is not None for branch in weight.branches) else replace(weight, path="")
+    equation = _Equation(eqn.primitive, tuple(sorted(eqn.params.items())), side)
+    number = jnp.int32(len(program.uses)) if weight.drops else None
+    return [_adapted(x, alike, number, equation=equation, forward_mode=program.forward_mode)]
+
+
+@dataclass(frozen=True)
+class _Equation:
+    """A `dot_general`, told by what it does: its parameters, and which operand is the weight."""
+
+    primitive: Primitive
+    params: tuple[tuple[str, Any], ...]
+    side: int
+
+    def dims(self, x: Array, weight: Weight) -> Dims:
+        """Of this product."""
+        return Dims.of(dict(self.params)["dimension_numbers"], self.side, x.ndim, weight.value.ndim)
+
+    def bind(self, x: Array, w: Array) -> Array:
+        """The product itself."""
+        return self.primitive.bind(*[x, w][:: 1 if self.side else -1], **dict(self.params))
+
+
+@partial(jax.jit, static_argnames=("equation", "forward_mode"))
+def _adapted(x: Array, weight: Weight, number: Array | None, *, equation: _Equation, forward_mode: bool) -> Array:
+    """The equation with the weight's branches beside it; `number` is that of the use, for its dropout."""
+    dims, base = equation.dims(x, weight), lambda x: equation.bind(x, weight.value)
+    branches, out = _oriented(weight, dims)
+    assert branches is not None
+    adapted = replace(weight, branches=branches)
+    summed = partial(_summed, number=number, forward_mode=forward_mode)
+    if out:
+        return _product_for_all(summed, x, base, adapted, dims, out)
+    return _product(summed, x, base, adapted, dims)
+
+
+def _oriented(weight: Weight, dims: Dims) -> tuple[tuple[Branch, ...] | None, tuple[int, ...]]:
+    """`oriented`, and the batch axes that come out of the product."""
+    out = _batch_put_out(weight, dims)
+    out = () if any(map(_scales_input, weight.branches)) else out
+    return oriented(weight, dims.with_batch(out) if out else dims, lambda method: method.product is not None), out
 
 
 def _batch_put_out(weight: Weight, dims: Dims) -> tuple[int, ...]:
@@ -64,20 +101,14 @@ def _scales_input(branch: Branch) -> bool:
 
 
 def _product_for_all(
-    program: Program,
-    x: Array,
-    base: Callable[[Array], Array],
-    weight: Weight,
-    dims: Dims,
-    *,
-    x_dims: Dims,
-    out: tuple[int, ...],
+    summed: Summed, x: Array, base: Callable[[Array], Array], weight: Weight, dims: Dims, out: tuple[int, ...]
 ) -> Array:
     """The product with the input repeated along what comes out, so that it counts as a batch axis; the base's stays."""
-    order = x_dims.result_order(out)
+    order = dims.result_order(out)
     back = tuple(order.index(axis) for axis in range(len(order)))
     repeated = jnp.broadcast_to(x, (*(weight.value.shape[dim] for dim in out), *x.shape))
-    return _product(program, repeated, lambda _: base(x).transpose(order), weight, dims).transpose(back)
+    turned = lambda _: base(x).transpose(order)
+    return _product(summed, repeated, turned, weight, dims.with_batch(out)).transpose(back)
 
 
 def oriented(weight: Weight, dims: Dims, acts: Callable[[Method], bool]) -> tuple[Branch, ...] | None:
@@ -107,7 +138,7 @@ def _transposed(branch: Branch) -> Branch:
     return replace(branch, leaves=transposed(branch.leaves))
 
 
-def _product(program: Program, x: Array, base: Callable[[Array], Array], weight: Weight, dims: Dims) -> Array:
+def _product(summed: Summed, x: Array, base: Callable[[Array], Array], weight: Weight, dims: Dims) -> Array:
     """The methods' product on matrices, put back where the equation has its result."""
     rows = Rows.of(x, weight, dims)
     branches = [_with_gates(branch, rows, weight.path) for branch in batched(weight, rows.batch_shape)]
@@ -115,7 +146,7 @@ def _product(program: Program, x: Array, base: Callable[[Array], Array], weight:
     matrix = rows.x_to_matrix(x)
     scaled = _scaled(matrix, [scale.in_ for scale in scales])
     out = rows.y_to_matrix(base(x if scaled is matrix else rows.x_from_matrix(scaled)))
-    out = _summed(program, scaled, out, matrices_of(weight, rows.batch_shape), branches)
+    out = summed(scaled, out, matrices_of(weight, rows.batch_shape), branches)
     return rows.y_from_matrix(_scaled(out, [scale.out for scale in scales]))
 
 
@@ -145,13 +176,15 @@ def batched(weight: Weight, batch_shape: tuple[int, ...]) -> tuple[Branch, ...]:
     return jax.tree.map(lambda leaf: leaf.reshape(*batch_shape, *leaf.shape[len(weight.batch) :]), weight.branches)
 
 
-def _summed(program: Program, x: Array, y: Array, w: Weights, branches: Sequence[Branch]) -> Array:
+def _summed(
+    x: Array, y: Array, w: Weights, branches: Sequence[Branch], *, number: Array | None, forward_mode: bool
+) -> Array:
     """The frozen product's result and what the branches make of it."""
 
     def act(branch: Branch, y: Array) -> Array:
-        method, seen = METHODS[branch.method], dropped(program, x, branch)
+        method, seen = METHODS[branch.method], dropped(number, x, branch)
         assert method.product is not None
-        y = method.product(seen, y, w, branch.leaves, forward_mode=program.forward_mode)
+        y = method.product(seen, y, w, branch.leaves, forward_mode=forward_mode)
         bias = method.bias(branch.leaves)
         return y if bias is None else y + bias[..., None, :].astype(y.dtype)
 
@@ -159,11 +192,11 @@ def _summed(program: Program, x: Array, y: Array, w: Weights, branches: Sequence
     return summed(y, [(method, act) for method, act in acts if method.product is not None])
 
 
-def dropped(program: Program, x: Array, branch: Branch) -> Array:
-    """Inverted dropout of the branch's input; another mask for each use of a shared weight."""
+def dropped(number: Any, x: Array, branch: Branch) -> Array:
+    """Inverted dropout of the branch's input; another mask for each use of a shared weight, by the use's number."""
     if branch.dropout_key is None:
         return x
-    key, keep = fold_in(branch.dropout_key, len(program.uses)), 1 - branch.dropout
+    key, keep = fold_in(branch.dropout_key, number), 1 - branch.dropout
     shape = x.shape[key.ndim :]
     kept = over_keys(lambda key: jax.random.bernoulli(key, keep, shape), key)
     return jnp.where(kept, x / keep, jnp.zeros((), x.dtype)).astype(x.dtype)
@@ -260,7 +293,7 @@ def conv_general_dilated(program: Program, eqn: JaxprEqn, values: Sequence[Any])
         return None
     program.uses.append(use)
     feature = eqn.params["dimension_numbers"].out_spec[1]
-    take = lambda branch: _conv_take(dropped(program, x, branch), eqn, weight, roles)
+    take = lambda branch: _conv_take(dropped(len(program.uses), x, branch), eqn, weight, roles)
     met = [(branch, _meeting(take(branch), x.ndim)) for branch in weight.branches]
     out = jnp.moveaxis(bind(eqn, [x, weight.value])[0], feature, -1)
     return [jnp.moveaxis(looked_up(weight, met, out, matrices_of(weight, ())), -1, feature)]

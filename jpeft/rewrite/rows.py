@@ -7,7 +7,6 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
-from jax.extend.core import JaxprEqn
 
 from jpeft.rewrite.weight import Weight
 from jpeft.view import Atom, from_original, to_original
@@ -25,9 +24,9 @@ class Dims:
         self.weight_first, self.x_ndim, self.w_ndim = weight_first, x_ndim, w_ndim
 
     @classmethod
-    def of(cls, eqn: JaxprEqn, side: int, x_ndim: int, w_ndim: int) -> Dims:
-        """Of an equation whose operand number `side` is the weight."""
-        contract, batch = eqn.params["dimension_numbers"]
+    def of(cls, numbers: Any, side: int, x_ndim: int, w_ndim: int) -> Dims:
+        """By the `dimension_numbers` of an equation whose operand number `side` is the weight."""
+        contract, batch = numbers
         operand = lambda i: (tuple(contract[i]), tuple(batch[i]))
         return cls(operand(1 - side), operand(side), x_ndim, w_ndim, side == 0)
 
