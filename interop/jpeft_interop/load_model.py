@@ -20,6 +20,7 @@ from jax.typing import DTypeLike
 
 from jpeft.errors import WeightsError
 from jpeft.tree import flatten
+from jpeft_interop.abstract import abstract_model
 from jpeft_interop.arrays import is_finite, own
 from jpeft_interop.checkpoint import match, model_table
 from jpeft_interop.fit import some
@@ -72,7 +73,7 @@ def load_model(
     def make(rngs: nnx.Rngs | None = None) -> nnx.Module:
         return build(config, dtype, architecture, rngs=rngs)
 
-    forward, abstract = pure(nnx.eval_shape(make))
+    forward, abstract = pure(abstract_model(make))
     shapes = flatten(abstract)
     table = model_table(shapes, known)
     name = architecture or str(next(iter(config.get("architectures") or ["the model"])))
