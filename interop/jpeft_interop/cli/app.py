@@ -7,7 +7,7 @@ from importlib.util import find_spec
 
 import typer
 
-COMMANDS = ("quickstart", "finetune", "generate", "merge", "verify", "inspect", "xlora")
+COMMANDS = ("quickstart", "finetune", "sweep", "generate", "merge", "verify", "inspect", "xlora")
 
 app = typer.Typer(
     help="Fine-tune Hugging Face models in JAX with adapters, and hand them back to torch.",
