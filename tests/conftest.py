@@ -13,6 +13,7 @@ import pytest
 # the README compiles as users do; the rest compares small numbers, for which it may hurry.
 AS_USERS_DO = {
     "test_attach.py",
+    "test_attention_memory.py",
     "test_flops.py",
     "test_gates.py",
     "test_generate.py",
@@ -22,6 +23,7 @@ AS_USERS_DO = {
     "test_models_bert.py",
     "test_quickstart.py",
     "test_readme.py",
+    "test_step_cost.py",
     "test_train.py",
 }
 

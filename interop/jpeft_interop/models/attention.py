@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from jpeft_interop.models.cache import Cache, next_slots
 from jpeft_interop.models.errors import ModelError
+
+# Queries are worked on in blocks, of so many scores (4 MiB in fp32) or at least so many queries. Measured on two CPU
+# cores: from 512 tokens on it takes no longer than all at once, which keeps (time, time) for the backward pass.
+SCORES = 1 << 20
+ROWS = 128
 
 
 def attend(query: Array, key: Array, value: Array, mask: Array | None, scale: float, cap: float | None = None) -> Array:
@@ -27,6 +35,33 @@ def attend(query: Array, key: Array, value: Array, mask: Array | None, scale: fl
     Returns:
       `(batch, time, heads * head_dim)`, in the query's dtype.
     """
+    block = partial(_attend, scale=scale, cap=cap)
+    batch, time, heads, _ = query.shape
+    rows = max(ROWS, SCORES // (batch * heads * key.shape[1]))
+    return block(query, key, value, mask) if time <= rows else _by_rows(block, rows, query, key, value, mask)
+
+
+def _by_rows(block: Callable, rows: int, query: Array, key: Array, value: Array, mask: Array | None) -> Array:
+    """`block` on so many queries at a time; those that fill up the last block are dropped.
+
+    A block's scores are made again in the backward pass, so there are never more than one block's.
+    """
+    block = jax.checkpoint(block)
+    batch, time = query.shape[:2]
+    blocks = -(-time // rows)
+
+    def parted(x: Array) -> Array:
+        whole = jnp.pad(x, ((0, 0), (0, blocks * rows - time), *[(0, 0)] * (x.ndim - 2)))
+        return jnp.moveaxis(whole.reshape(x.shape[0], blocks, rows, *x.shape[2:]), 1, 0)
+
+    if mask is not None and mask.shape[1] > 1:
+        mixed = jax.lax.map(lambda part: block(part[0], key, value, part[1]), (parted(query), parted(mask)))
+    else:
+        mixed = jax.lax.map(lambda part: block(part, key, value, mask), parted(query))
+    return jnp.moveaxis(mixed, 0, 1).reshape(batch, blocks * rows, -1)[:, :time]
+
+
+def _attend(query: Array, key: Array, value: Array, mask: Array | None, scale: float, cap: float | None) -> Array:
     batch, time, heads, head_dim = query.shape
     kv_heads, slots = key.shape[2], key.shape[1]
     group = heads // kv_heads

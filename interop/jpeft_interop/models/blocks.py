@@ -7,7 +7,7 @@ from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
-from jpeft_interop.models.activations import activation
+from jpeft_interop.models.activations import gated
 from jpeft_interop.models.attention import attend
 from jpeft_interop.models.cache import Cache, KeyValue, remember
 from jpeft_interop.models.layers import linear
@@ -89,7 +89,7 @@ class MLP(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         """The MLP on `(batch, time, hidden)`."""
-        return self.down_proj(activation(self.hidden_act)(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(gated(self.hidden_act, self.gate_proj(x), self.up_proj(x)))
 
 
 class FusedMLP(nnx.Module):
@@ -105,4 +105,4 @@ class FusedMLP(nnx.Module):
     def __call__(self, x: Array) -> Array:
         """The MLP on `(batch, time, hidden)`."""
         gate, up = jnp.split(self.gate_up_proj(x), 2, axis=-1)
-        return self.down_proj(activation(self.hidden_act)(gate) * up)
+        return self.down_proj(gated(self.hidden_act, gate, up))

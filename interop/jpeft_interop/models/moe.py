@@ -12,7 +12,7 @@ from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
-from jpeft_interop.models.activations import activation
+from jpeft_interop.models.activations import gated
 from jpeft_interop.models.llama_config import LlamaConfig, Mixture
 
 
@@ -50,7 +50,7 @@ class Experts(nnx.Module):
     def __call__(self, x: Array, sizes: Array) -> Array:
         """Of `(rows, hidden)`, sorted by expert, the first `sizes[0]` of which are the first expert's, and so on."""
         gate, up = jnp.split(jax.lax.ragged_dot(x, self.gate_up_proj[...].transpose(0, 2, 1), sizes), 2, axis=-1)
-        x = activation(self.hidden_act)(gate) * up
+        x = gated(self.hidden_act, gate, up)
         return jax.lax.ragged_dot(x, self.down_proj[...].transpose(0, 2, 1), sizes)
 
 

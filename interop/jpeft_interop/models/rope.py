@@ -16,6 +16,7 @@ import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
 
+from jpeft.whole import whole
 from jpeft_interop.models.errors import ModelError
 
 NEEDS: dict[str, tuple[str, ...]] = {
@@ -113,8 +114,13 @@ def rope_tables(rope: Rope, position_ids: Array, dtype: DTypeLike) -> tuple[Arra
       dtype: what the tables are used in.
     """
     inv_freq, scale = _FREQUENCIES[rope.rope_type](rope, position_ids)
-    angles = position_ids[:, :, None, None].astype(jnp.float32) * inv_freq
-    return (jnp.cos(angles) * scale).astype(dtype), (jnp.sin(angles) * scale).astype(dtype)
+    cos, sin = _cos_sin(position_ids[:, :, None, None].astype(jnp.float32) * inv_freq, jnp.float32(scale))
+    return cos.astype(dtype), sin.astype(dtype)
+
+
+@whole
+def _cos_sin(angles: Array, scale: Array) -> tuple[Array, Array]:
+    return jnp.cos(angles) * scale, jnp.sin(angles) * scale
 
 
 def rotate(x: Array, tables: tuple[Array, Array]) -> Array:
