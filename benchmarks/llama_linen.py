@@ -1,4 +1,4 @@
-"""The model that the step benchmark trains: Llama-shaped, Linen, written by someone who knows nothing of adapters."""
+"""The model that the benchmarks train: Llama-shaped, Linen, written by someone who knows nothing of adapters."""
 
 import flax.linen as nn
 import jax
@@ -35,11 +35,17 @@ class LM(nn.Module):
     ff: int = 1376
     layers: int = 8
     heads: int = 8
+    scan: bool = False  # the layers as one, its params stacked
 
     @nn.compact
     def __call__(self, tokens):
         """Logits (batch, tokens, vocab)."""
         x = nn.Embed(self.vocab, self.d, name="embed")(tokens)
-        for i in range(self.layers):
-            x = Block(self.d, self.ff, self.heads, name=f"layers_{i}")(x)
+        block = lambda name: Block(self.d, self.ff, self.heads, name=name)
+        if self.scan:
+            over = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}, "length": self.layers}
+            x, _ = nn.scan(lambda layer, x, _: (layer(x), None), **over)(block("layers"), x, None)
+        else:
+            for i in range(self.layers):
+                x = block(f"layers_{i}")(x)
         return nn.Dense(self.vocab, use_bias=False, name="lm_head")(nn.RMSNorm(name="norm")(x))

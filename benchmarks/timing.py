@@ -6,6 +6,7 @@ the quotient of two neighbours says more than that of two means.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -73,5 +74,6 @@ def compiled(function: Callable[..., Any], *args: Any) -> Compiled:
     traced = time.perf_counter()
     step = lowered.compile()
     end = time.perf_counter()
-    gflop = step.cost_analysis()["flops"] / 1e9
-    return Compiled(step, traced - start, end - traced, gflop, step.memory_analysis().temp_size_in_bytes / 2**20)
+    cost, memory = step.cost_analysis() or {}, step.memory_analysis()
+    temp = memory.temp_size_in_bytes / 2**20 if memory else math.nan
+    return Compiled(step, traced - start, end - traced, cost.get("flops", math.nan) / 1e9, temp)
