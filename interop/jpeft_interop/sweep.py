@@ -63,9 +63,8 @@ def step(
     forward: Forward,
     optimizer: optax.GradientTransformation,
     *,
-    accumulate: int = 1,
-    remat: bool = False,
     at_once: bool = False,
+    **options: Any,
 ) -> Callable[[State, Any, Batch], tuple[State, Metrics]]:
     """A compiled step of several runs, `(states, params, batches) -> (states, metrics)`: `train.step` for each of them.
 
@@ -74,13 +73,12 @@ def step(
     Args:
       forward: as for `train.step`.
       optimizer: of `at_rate`, if the rates differ.
-      accumulate: as for `train.step`.
-      remat: as for `train.step`.
       at_once: all runs in the same products, by `vmap`, which holds the activations of all in memory; otherwise one
         after the other in a loop, in one run's memory. On two CPU cores the loop takes as long as separate steps, and
         `vmap` 1.4 times as long (`benchmarks/adapters.py`); on an accelerator that one run leaves idle it may pay.
+      options: of `train.step`, each run's: `accumulate`, `remat`.
     """
-    one = train.step(forward, optimizer, accumulate=accumulate, remat=remat)
+    one = train.step(forward, optimizer, **options)
 
     @partial(jax.jit, donate_argnums=0)
     def run(states: State, params: Any, batches: Batch) -> tuple[State, Metrics]:

@@ -88,7 +88,7 @@ def sweep(
     OUT gets adapters/NAME/ for each run (PEFT and transformers read them),
     sweep.png (how each learnt, and the loss over the learning rate), sweep.json
     (all figures, best run first) and metrics/NAME.jsonl. A run whose loss is no
-    longer finite is left out; the others go on.
+    longer finite is left out; the others go on. An interrupted sweep begins anew.
 
     [bold]Examples[/]
 
