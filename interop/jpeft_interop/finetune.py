@@ -18,7 +18,7 @@ from jpeft.atomic import write_file
 from jpeft.errors import JpeftError
 from jpeft.spec import Spec
 from jpeft_interop import data, train
-from jpeft_interop.base import CLASSIFICATION, TASKS, Base, load_base
+from jpeft_interop.base import CAUSAL_LM, CLASSIFICATION, TASKS, Base, load_base
 from jpeft_interop.load_model import hf_folder, read_config
 from jpeft_interop.method_defaults import for_run
 from jpeft_interop.metrics import MetricsLog
@@ -206,7 +206,9 @@ def _train(
         if log.done:
             console.print(f"going on after step {log.done}", highlight=False)
         log.held_out(0, lambda: score(state.adapter))
-        step = train.step(base.forward, optimizer, accumulate=settings.accumulate, remat=settings.remat)
+        step = train.step(
+            base.forward, optimizer, accumulate=settings.accumulate, remat=settings.remat, loss=_loss(base)
+        )
         run = train.run(step, state, base.params, batches)
         for state, metrics in watched(run, steps, console, done=log.done):
             log.step(metrics)
@@ -218,8 +220,12 @@ def _train(
     return state, log
 
 
+def _loss(base: Base) -> train.Loss:
+    return train.next_token_loss if base.task is CAUSAL_LM else train.loss_of_logits
+
+
 def _scorer(base: Base, examples: _Examples, settings: Settings, console: Console) -> Callable[[Any], Any]:
-    score = train.scorer(base.forward)
+    score = train.scorer(base.forward, loss=_loss(base))
 
     def held_out(adapter: jpeft.Adapter) -> train.Score | None:
         if examples.held_out is None:

@@ -78,7 +78,7 @@ def quickstart(
     adapter = jpeft.init(key, SPEC, params)
     _introduce(console, name, adapter, params, learnt, held_out)
 
-    score = train.scorer(forward)
+    score = train.scorer(forward, loss=train.next_token_loss)
     with console.status(
         "Reading the held-out topics …"
     ):  # the adapter changes nothing yet: this is the model as it came
@@ -86,7 +86,8 @@ def quickstart(
 
     optimizer = train.adamw(RATE, steps)
     state, losses = train.start(adapter, optimizer, key), []
-    run = train.run(train.step(forward, optimizer), state, params, data.shuffled(rows, BATCH, seed))
+    step = train.step(forward, optimizer, loss=train.next_token_loss)
+    run = train.run(step, state, params, data.shuffled(rows, BATCH, seed))
     for state, metrics in watched(run, steps, console):  # noqa: B007  # the last state is what was trained
         losses.append(float(metrics.loss))
 

@@ -13,7 +13,7 @@ nothing to learn.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -25,6 +25,7 @@ from jax import Array
 
 import jpeft
 from jpeft_interop.data.rows import IGNORE
+from jpeft_interop.models.chunked_loss import scored
 
 Batch = Mapping[str, Any]
 Forward = Callable[..., Any]
@@ -90,6 +91,9 @@ class Metrics:
     rank: Array | None = None
 
 
+Loss = Callable[[Forward, Any, Batch], Tally]
+
+
 @dataclass(frozen=True)
 class Score:
     """Means over the labels of a data set."""
@@ -115,11 +119,29 @@ def cross_entropy(logits: Array, labels: Array) -> Tally:
       >>> cross_entropy(jnp.zeros((3, 2)), jnp.array([0, 1, IGNORE])).labels
       Array(2, dtype=int32)
     """
-    counted, logits = labels != IGNORE, logits.astype(jnp.float32)
-    safe = jnp.where(counted, labels, 0)
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, safe)
-    right = jnp.argmax(logits, axis=-1) == safe
-    return Tally(jnp.sum(losses, where=counted), jnp.sum(right & counted), jnp.sum(counted))
+    return _summed(*scored(logits, labels), labels)
+
+
+def loss_of_logits(forward: Forward, params: Any, batch: Batch) -> Tally:
+    """The cross-entropy of what any model's forward gives as `.logits`: the loss of a step that is told no other."""
+    return cross_entropy(forward(params, **_inputs(batch)).logits, batch["labels"])
+
+
+def next_token_loss(forward: Forward, params: Any, batch: Batch) -> Tally:
+    """The same of a language model of `jpeft_interop.models` that gets the labels as `next_tokens`.
+
+    Its logits are never all there at once; where they are many, each is worked out once more in the backward pass.
+    """
+    output = forward(params, **_inputs(batch), next_tokens=batch["labels"])
+    return _summed(output.losses, output.hits, batch["labels"])
+
+
+def _summed(losses: Array, hits: Array, labels: Array) -> Tally:
+    return Tally(jnp.sum(losses), jnp.sum(hits), jnp.sum(labels != IGNORE))
+
+
+def _inputs(batch: Batch) -> dict[str, Any]:
+    return {name: array for name, array in batch.items() if name != "labels"}
 
 
 def adamw(
@@ -149,32 +171,41 @@ def start(adapter: jpeft.Adapter, optimizer: optax.GradientTransformation, key: 
 
 
 def step(
-    forward: Forward, optimizer: optax.GradientTransformation, *, accumulate: int = 1, remat: bool = False
+    forward: Forward,
+    optimizer: optax.GradientTransformation,
+    *,
+    accumulate: int = 1,
+    remat: bool = False,
+    loss: Loss = loss_of_logits,
 ) -> Callable[[State, Any, Batch], tuple[State, Metrics]]:
     """A compiled training step, `(state, params, batch) -> (state, metrics)`, that changes nothing but the adapter.
 
     The base is an argument, so that it is no constant of the program; the old state's memory is reused for the new one.
 
     Args:
-      forward: a plain `forward(params, **inputs)` whose result has `.logits`; the step lifts it.
+      forward: a plain `forward(params, **inputs)` whose result `loss` can read; the step lifts it.
       optimizer: of optax.
       accumulate: split each batch into that many parts, one after the other; the same step in less memory.
       remat: compute again in the backward pass what is cheap (all but the matrix products); slower, in less memory.
+      loss: what the lifted forward, params with an adapter attached, and a batch come to; summed over labels, not their
+        mean. For a language model of ours with a large vocabulary, `next_token_loss` takes less memory.
     """
     lifted = jpeft.lift(forward)
 
     def total_loss(trained: Any, adapter: jpeft.Adapter, params: Any, batch: Batch, key: Array) -> tuple[Array, Tally]:
         attached = jpeft.attach(params, adapter.replace(trained=trained), dropout_key=key)
-        tally = _tally(lifted, attached, batch)
+        tally = loss(lifted, attached, batch)
         return tally.loss, tally
-
-    if remat:
-        total_loss = jax.checkpoint(total_loss, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
 
     @partial(jax.jit, donate_argnums=0)
     def run(state: State, params: Any, batch: Batch) -> tuple[State, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
-        gradient = lambda part, number: jax.grad(total_loss, has_aux=True)(
+        again = (
+            jax.checkpoint(total_loss, policy=_keeps(params, batch["labels"].size // accumulate))
+            if remat
+            else total_loss
+        )
+        gradient = lambda part, number: jax.grad(again, has_aux=True)(
             state.adapter.trained, state.adapter, params, part, jax.random.fold_in(key, number)
         )
         summed, tally = _accumulated(gradient, batch, accumulate)
@@ -183,9 +214,27 @@ def step(
     return run
 
 
-def _tally(lifted: Forward, params: Any, batch: Batch) -> Tally:
-    inputs = {name: array for name, array in batch.items() if name != "labels"}
-    return cross_entropy(lifted(params, **inputs).logits, batch["labels"])
+def _keeps(params: Any, labels: int) -> Callable[..., bool]:
+    """The policy of `remat`: products are kept, but for logits that are worked out for some of the labels at a time.
+
+    The policy sees each product alone; logits are told by their width, that of the widest parameter.
+    """
+    widest = max(max(leaf.shape, default=0) for leaf in jax.tree.leaves(params))
+    is_product = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+
+    def keeps(primitive: Any, *inputs: Any, **settings: Any) -> bool:
+        if not is_product(primitive, *inputs, **settings):
+            return False
+        shape = _shape_of(inputs, **settings)
+        return widest not in shape or math.prod(shape) >= labels * widest
+
+    return keeps
+
+
+def _shape_of(inputs: Sequence[Any], *, dimension_numbers: Any, **_: Any) -> list[int]:
+    """The shape of a product of two arrays."""
+    summed = zip(inputs, dimension_numbers[0], strict=True)
+    return [size for array, axes in summed for axis, size in enumerate(array.shape) if axis not in axes]
 
 
 def _tokens(batch: Batch) -> Array:
@@ -235,13 +284,18 @@ def run(
         yield state, metrics
 
 
-def scorer(forward: Forward) -> Callable[[Any, jpeft.Adapter, Iterable[Batch]], Score]:
-    """A function `(params, adapter, batches) -> Score`, compiled once and good for any adapter of the same spec."""
+def scorer(forward: Forward, *, loss: Loss = loss_of_logits) -> Callable[[Any, jpeft.Adapter, Iterable[Batch]], Score]:
+    """A function `(params, adapter, batches) -> Score`, compiled once and good for any adapter of the same spec.
+
+    Args:
+      forward: a plain `forward(params, **inputs)`.
+      loss: as in `step`.
+    """
     lifted = jpeft.lift(forward)
 
     @jax.jit
     def tally(params: Any, adapter: jpeft.Adapter, batch: Batch) -> Tally:
-        return _tally(lifted, jpeft.attach(params, adapter), batch)
+        return loss(lifted, jpeft.attach(params, adapter), batch)
 
     def score(params: Any, adapter: jpeft.Adapter, batches: Iterable[Batch]) -> Score:
         tallies = [jax.device_get(tally(params, adapter, batch)) for batch in batches]

@@ -198,11 +198,12 @@ class GPT2LMHeadModel(nnx.Module):
         attention_mask: Array | None = None,
         *,
         logits_to_keep: Array | int | None = None,
+        next_tokens: Array | None = None,
         **options,
     ) -> Output:
-        """See `jpeft_interop.models.pure`; `logits_to_keep` as `heads.with_logits` has it."""
+        """See `jpeft_interop.models.pure`; `logits_to_keep` and `next_tokens` as `heads.with_logits` has them."""
         output = self.transformer(input_ids, attention_mask, **options)
-        return with_logits(output, self.lm_head, self.transformer.wte, logits_to_keep)
+        return with_logits(output, self.lm_head, self.transformer.wte, logits_to_keep, next_tokens)
 
 
 class GPT2ForSequenceClassification(nnx.Module):

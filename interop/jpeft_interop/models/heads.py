@@ -9,6 +9,8 @@ from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
+from jpeft_interop.models.attention import capped
+from jpeft_interop.models.chunked_loss import token_scores
 from jpeft_interop.models.errors import ModelError
 from jpeft_interop.models.layers import Embedding
 from jpeft_interop.models.output import Output
@@ -71,7 +73,12 @@ class VocabularyHead(nnx.Module):
 
 
 def with_logits(
-    output: Output, head: nnx.Linear | None, words: Embedding, logits_to_keep: Array | int | None
+    output: Output,
+    head: nnx.Linear | None,
+    words: Embedding,
+    logits_to_keep: Array | int | None,
+    next_tokens: Array | None = None,
+    cap: float | None = None,
 ) -> Output:
     """`output` with the logits of a language model: by `head`, or by the word embeddings transposed where it is None.
 
@@ -81,9 +88,19 @@ def with_logits(
       words: the word embeddings.
       logits_to_keep: which tokens get logits. An int is that many at the end (0, as None, is all), an array of indices
         is those.
+      next_tokens: what each of these tokens is followed by, `(batch, time)`, -100 where nothing is to be learnt. With
+        it the result has `losses` and `hits` in place of logits, which are never all there, see `chunked_loss`.
+      cap: what the logits stay below by a tanh, see `attention.capped`.
+
+    Raises:
+      ModelError: `logits_to_keep` or `next_tokens` is of a wrong shape.
     """
     hidden = _pick(_last(output), logits_to_keep)
-    return replace(output, logits=words.attend(hidden) if head is None else head(hidden))
+    logits = lambda states: capped(words.attend(states) if head is None else head(states), cap)
+    if next_tokens is None:
+        return replace(output, logits=logits(hidden))
+    losses, hits = token_scores(logits, hidden, jnp.asarray(next_tokens), words.embedding[...].shape[0])
+    return replace(output, losses=losses, hits=hits)
 
 
 def with_class(output: Output, score: nnx.Linear, input_ids: Array | None, pad_token_id: int | None) -> Output:

@@ -8,14 +8,12 @@ left-padded prompt wants its own `position_ids`, as `generate` gives it).
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
-from jpeft_interop.models.attention import capped, causal_mask
+from jpeft_interop.models.attention import causal_mask
 from jpeft_interop.models.blocks import MLP, Attention, FusedAttention, FusedMLP, Tables, norm, projection
 from jpeft_interop.models.cache import Cache, KeyValue, advance, next_slots
 from jpeft_interop.models.heads import embed, with_class, with_logits
@@ -131,13 +129,12 @@ class LlamaForCausalLM(nnx.Module):
         attention_mask: Array | None = None,
         *,
         logits_to_keep: Array | int | None = None,
+        next_tokens: Array | None = None,
         **options,
     ) -> Output:
-        """See `jpeft_interop.models.pure`; `logits_to_keep` as `heads.with_logits` has it."""
+        """See `jpeft_interop.models.pure`; `logits_to_keep` and `next_tokens` as `heads.with_logits` has them."""
         output = self.model(input_ids, attention_mask, **options)
-        output = with_logits(output, self.lm_head, self.model.embed_tokens, logits_to_keep)
-        assert output.logits is not None
-        return replace(output, logits=capped(output.logits, self.cap))
+        return with_logits(output, self.lm_head, self.model.embed_tokens, logits_to_keep, next_tokens, self.cap)
 
 
 class LlamaForSequenceClassification(nnx.Module):

@@ -17,6 +17,9 @@ class Output:
 
     Attributes:
       logits: `(batch, time, vocab)` of a language model, `(batch, labels)` of a classifier; in the params' dtype.
+      losses: `(batch, time)` of a language model that was given `next_tokens`: each one's negative log-likelihood in
+        fp32, 0 where it is -100. It then gives no logits.
+      hits: `(batch, time)`, with `losses`: whether that token was the likeliest one.
       last_hidden_state: `(batch, time, hidden)`, after the final norm.
       hidden_states: with `output_hidden_states=True`, `layers + 1` arrays `(batch, time, hidden)` in transformers'
         order: the embeddings first, then each layer's output; of a decoder the last one is after the final norm.
@@ -35,6 +38,8 @@ class Output:
     """
 
     logits: Array | None = None
+    losses: Array | None = None
+    hits: Array | None = None
     last_hidden_state: Array | None = None
     hidden_states: tuple[Array, ...] | None = None
     pooled: Array | None = None
