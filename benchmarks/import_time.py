@@ -5,12 +5,12 @@ round, which reads the files from disk, is not counted.
 """
 
 import argparse
-import platform
 import subprocess
 import sys
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
+
+from tables import publish, table
 
 ROOT = Path(__file__).parents[1]
 BASE = "import flax, optax"
@@ -33,12 +33,9 @@ def main() -> None:
     rounds = parser.parse_args().rounds
     times = [[seconds(statement) for statement in STATEMENTS] for _ in range(rounds + 1)][1:]
     medians = dict(zip(STATEMENTS, map(median, zip(*times, strict=True)), strict=True))
-    packages = ", ".join(f"{name} {version(name)}" for name in ("jax", "flax", "optax"))
-    print(f"Python {platform.python_version()}, {packages}; median of {rounds}\n")
-    print(f"| {'statement':<22} | seconds | of the first |\n|---|---|---|")
-    for statement, taken in medians.items():
-        print(f"| {f'`{statement}`':<22} | {taken:7.2f} | {taken / medians[BASE]:12.2f} |")
-    print(f"\nThe target for `import jpeft` is at most {TARGET}.")
+    rows = [[f"`{name}`", f"{taken:.2f}", f"{taken / medians[BASE]:.2f}"] for name, taken in medians.items()]
+    shown = table(["statement", "s", "× the first"], rows)
+    publish("import_time", f"{shown}\n\nThe target for `import jpeft` is at most {TARGET} ×.", peers=["optax"])
 
 
 if __name__ == "__main__":

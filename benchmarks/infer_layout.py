@@ -20,6 +20,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 from safetensors.numpy import load_file
+from tables import publish, table
 
 from jpeft.tree import flatten
 from jpeft_interop import infer_layout, load_model
@@ -92,14 +93,15 @@ def main() -> None:
     parser.add_argument("--billions", type=float, default=0, help="of parameters in a synthetic model")
     parser.add_argument("--dumps", help="a folder that benchmarks/layouts/dump_*.py wrote into")
     arguments = parser.parse_args()
-    print("| weights | leaves | tensors | seconds | peak memory so far, GB |\n|---|---|---|---|---|")
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
         for name, params, state, ignore in cases(arguments, Path(folder)):
             start = time.perf_counter()
             layout = infer_layout(params, state, ignore=ignore, progress=False)
             seconds = time.perf_counter() - start
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-            print(f"| {name} | {len(layout)} | {len(layout.by_key)} | {seconds:.1f} | {peak:.1f} |", flush=True)
+            rows.append([name, len(layout), len(layout.by_key), f"{seconds:.1f}", f"{peak:.1f}"])
+    publish("infer_layout", table(["weights", "leaves", "tensors", "s", "peak memory so far, GB"], rows))
 
 
 if __name__ == "__main__":
