@@ -37,6 +37,7 @@ from jpeft.optimizers import lora_plus as lora_plus
 from jpeft.penalty import penalty as penalty
 from jpeft.save import load as load
 from jpeft.save import save as save
+from jpeft.stacked import stack as stack
 
 try:
     __version__ = _metadata.version("jpeft")

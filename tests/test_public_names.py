@@ -43,6 +43,7 @@ JPEFT = (
     "ranks",
     "rows",
     "save",
+    "stack",
 )
 
 JPEFT_INTEROP = (
