@@ -152,7 +152,9 @@ def jpeft_step(model: str) -> Callable[[], Any]:
     spec = jpeft.LoRA(RANK, ALPHA, modules_to_save=tuple(base.heads))
     adapter = jpeft.init(jax.random.key(1), spec, base.params, kernels=kernels)
     optimizer = optax.adamw(RATE, weight_decay=0.01)
-    state, run = train.start(adapter, optimizer, jax.random.key(2)), train.step(base.forward, optimizer)
+    loss = train.next_token_loss if model == "llama" else train.loss_of_logits
+    state = train.start(adapter, optimizer, jax.random.key(2))
+    run = train.step(base.forward, optimizer, loss=loss)
 
     def step() -> float:
         nonlocal state
