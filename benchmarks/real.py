@@ -95,7 +95,9 @@ def variants(name: str, dtypes: list[str]) -> Iterator[tuple[str, Subject]]:
 
 def lora(subject: Subject) -> jpeft.Adapter:
     """Rank 8 on all linear layers, in fp32."""
-    adapter = trained(jpeft.LoRA(8, 16, targets="all-linear"), subject)
+    # Of a stack of layers only the program tells which axes are a kernel's.
+    kernels = jpeft.kernels(lambda params: subject.loss(subject.forward, params, None), subject.params)
+    adapter = trained(jpeft.LoRA(8, 16, targets="all-linear", exclude="lm_head"), subject, kernels=kernels)
     return adapter.replace(trained=jax.tree.map(lambda leaf: leaf.astype(jnp.float32), adapter.trained))
 
 
