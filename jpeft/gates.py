@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.core import Tracer
 
@@ -45,8 +46,11 @@ def as_gates(gates: Any, adapters: int) -> Gates:
 
 
 def _check_numbers(numbers: Array, adapters: int) -> None:
-    if not isinstance(numbers, Tracer) and bool(((numbers < -1) | (numbers >= adapters)).any()):
-        raise SpecError(f"gates are numbers of {adapters} adapters, from 0, or -1 for none; found {numbers.tolist()}")
+    if isinstance(numbers, Tracer):
+        return
+    known = np.asarray(numbers)  # jnp would trace the comparison where a program is being traced
+    if ((known < -1) | (known >= adapters)).any():
+        raise SpecError(f"gates are numbers of {adapters} adapters, from 0, or -1 for none; found {known.tolist()}")
 
 
 def rows(names: Sequence[str], adapters: Iterable[str]) -> Array:

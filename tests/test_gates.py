@@ -148,3 +148,15 @@ def test_dropout_of_routed_adapters():
     )
     assert float(jnp.abs(out(0) - out(1)).max()) > 1e-2
     np.testing.assert_array_equal(out(0), out(0))
+
+
+def test_numbers_that_the_program_knows():
+    params, x = {"q": {"kernel": jax.random.normal(jax.random.key(0), (4, 3))}}, jnp.ones((2, 4))
+    adapters = [jpeft.init(jax.random.key(n), jpeft.LoRA(rank=2, targets=["q"]), params) for n in range(2)]
+    adapters = [one.replace(trained=jax.tree.map(jnp.ones_like, one.trained)) for one in adapters]
+    lifted = jpeft.lift(lambda params, x: x @ params["q"]["kernel"])
+    serve = lambda numbers: lambda x: lifted(jpeft.attach(params, adapters, gates=numbers), x)
+    known = serve(jnp.array([1, -1]))
+    assert jnp.array_equal(jax.jit(known)(x), known(x))
+    with pytest.raises(jpeft.SpecError, match="numbers of 2 adapters"):
+        jax.jit(serve(jnp.array([1, 2])))(x)

@@ -104,7 +104,7 @@ class Result:
 
 
 @dataclass(frozen=True)
-class _Examples:
+class Examples:
     """The data of a run, as rows."""
 
     rows: data.Rows
@@ -135,13 +135,13 @@ def finetune(
     out = Path(out)
     with console.status("Reading the data …"):
         tokenizer = load_tokenizer(hf_folder(model))
-        examples = _examples(file, tokenizer, settings)
+        examples = examples_for(file, tokenizer, settings)
     with console.status("Loading the model …"):
-        base = _base(model, settings, examples.labels)
-        steps = _steps(settings, examples.rows)
-        adapter = _adapter(base, settings, examples.rows, steps)
+        base = base_for(model, settings, examples.labels)
+        steps = steps_for(settings, examples.rows)
+        adapter = adapter_for(base, settings, examples.rows, steps)
     console.print(f"{jpeft.count(base.params, adapter)}", highlight=False)
-    console.print(_what(examples, steps, settings), highlight=False)
+    console.print(described(examples, steps, settings), highlight=False)
     if not resume:
         discard(out / SNAPSHOTS)
     state, log = _train(base, adapter, examples, steps, settings, out, console)
@@ -149,26 +149,28 @@ def finetune(
     return Result(steps, log.scores.get(0), log.scores.get(steps))
 
 
-def _examples(file: str | Path, tokenizer: Tokenizer, settings: Settings) -> _Examples:
+def examples_for(file: str | Path, tokenizer: Tokenizer, settings: Settings) -> Examples:
+    """The rows of a file, some of them held out."""
     share, seed, length = settings.holdout, settings.seed, settings.seq_len
     if TASKS[settings.task] is CLASSIFICATION:
         texts = data.read_labelled(file)
         labels, (learnt, held_out) = data.labels_of(texts), data.split(texts, share, seed)
         rows = lambda part: data.padded(part, tokenizer, length, labels)
         cut = data.truncated(texts, tokenizer, length)
-        return _Examples(rows(learnt), rows(held_out) if held_out else None, labels, cut)
+        return Examples(rows(learnt), rows(held_out) if held_out else None, labels, cut)
     learnt, held_out = data.split(data.read(file, whole=settings.whole_txt), share, seed)
     rows = lambda part: data.packed(part, tokenizer, length)
-    return _Examples(rows(learnt), rows(held_out) if held_out else None)
+    return Examples(rows(learnt), rows(held_out) if held_out else None)
 
 
-def _base(model: str | Path, settings: Settings, labels: data.Labels | None) -> Base:
+def base_for(model: str | Path, settings: Settings, labels: data.Labels | None) -> Base:
+    """The model under the head of the task."""
     count = len(labels.names) if labels else None
     key = jax.random.fold_in(jax.random.key(settings.seed), 1)
     return load_base(model, TASKS[settings.task], dtype=settings.dtype, labels=count, key=key)
 
 
-def _adapter(base: Base, settings: Settings, rows: data.Rows, steps: int) -> jpeft.Adapter:
+def adapter_for(base: Base, settings: Settings, rows: data.Rows, steps: int) -> jpeft.Adapter:
     """A classifier's head is new, so it is trained whole."""
     spec = for_run(settings.spec, read_config(base.folder)["model_type"], steps)
     spec = dataclasses.replace(spec, modules_to_save=(*spec.modules_to_save, *base.heads))
@@ -176,13 +178,15 @@ def _adapter(base: Base, settings: Settings, rows: data.Rows, steps: int) -> jpe
     return jpeft.init(jax.random.key(settings.seed), spec, base.params, kernels=kernels)
 
 
-def _steps(settings: Settings, rows: data.Rows) -> int:
+def steps_for(settings: Settings, rows: data.Rows) -> int:
+    """How many steps the run has."""
     if settings.steps is not None:
         return settings.steps
     return max(1, math.ceil(settings.epochs * data.size_of(rows) / settings.batch_size))
 
 
-def _what(examples: _Examples, steps: int, settings: Settings) -> str:
+def described(examples: Examples, steps: int, settings: Settings) -> str:
+    """What is trained on, in a line."""
     held_out = data.size_of(examples.held_out) if examples.held_out else 0
     rows, length = examples.rows["input_ids"].shape
     cut = f", {examples.truncated} texts cut to {settings.seq_len} tokens" if examples.truncated else ""
@@ -190,7 +194,7 @@ def _what(examples: _Examples, steps: int, settings: Settings) -> str:
 
 
 def _train(
-    base: Base, adapter: jpeft.Adapter, examples: _Examples, steps: int, settings: Settings, out: Path, console: Console
+    base: Base, adapter: jpeft.Adapter, examples: Examples, steps: int, settings: Settings, out: Path, console: Console
 ) -> tuple[train.State, MetricsLog]:
     assert settings.lr is not None
     adamw = train.adamw(
@@ -199,7 +203,7 @@ def _train(
     optimizer = train.budgeted(adamw, adapter)
     batches = data.shuffled(examples.rows, settings.batch_size, settings.seed)
     state = train.start(adapter, optimizer, jax.random.fold_in(jax.random.key(settings.seed), 2))
-    score = _scorer(base, examples, settings, console)
+    score = scorer_for(base, examples, settings, console)
     with Snapshots(out / SNAPSHOTS, _run(base, adapter, examples, steps, settings)) as snapshots:
         state = snapshots.restore(state, batches)
         log = MetricsLog(out / METRICS, done=int(state.step))
@@ -207,7 +211,7 @@ def _train(
             console.print(f"going on after step {log.done}", highlight=False)
         log.held_out(0, lambda: score(state.adapter))
         step = train.step(
-            base.forward, optimizer, accumulate=settings.accumulate, remat=settings.remat, loss=_loss(base)
+            base.forward, optimizer, accumulate=settings.accumulate, remat=settings.remat, loss=loss_for(base)
         )
         run = train.run(step, state, base.params, batches)
         for state, metrics in watched(run, steps, console, done=log.done):
@@ -220,12 +224,14 @@ def _train(
     return state, log
 
 
-def _loss(base: Base) -> train.Loss:
+def loss_for(base: Base) -> train.Loss:
+    """Of language models the one that needs no logits all at once."""
     return train.next_token_loss if base.task is CAUSAL_LM else train.loss_of_logits
 
 
-def _scorer(base: Base, examples: _Examples, settings: Settings, console: Console) -> Callable[[Any], Any]:
-    score = train.scorer(base.forward, loss=_loss(base))
+def scorer_for(base: Base, examples: Examples, settings: Settings, console: Console) -> Callable[[Any], Any]:
+    """What scores an adapter on the rows held out; None where there are none."""
+    score = train.scorer(base.forward, loss=loss_for(base))
 
     def held_out(adapter: jpeft.Adapter) -> train.Score | None:
         if examples.held_out is None:
@@ -236,7 +242,7 @@ def _scorer(base: Base, examples: _Examples, settings: Settings, console: Consol
     return held_out
 
 
-def _run(base: Base, adapter: jpeft.Adapter, examples: _Examples, steps: int, settings: Settings) -> dict[str, Any]:
+def _run(base: Base, adapter: jpeft.Adapter, examples: Examples, steps: int, settings: Settings) -> dict[str, Any]:
     """What the run is made of: whatever changes its result."""
     made_elsewhere = ("spec", "steps", "epochs", "holdout", "seq_len", "save_every", "whole_txt")
     plain = {name: value for name, value in vars(settings).items() if name not in made_elsewhere}
@@ -249,7 +255,7 @@ def _run(base: Base, adapter: jpeft.Adapter, examples: _Examples, steps: int, se
     }
 
 
-def _write(out: Path, state: train.State, base: Base, examples: _Examples, log: MetricsLog) -> None:
+def _write(out: Path, state: train.State, base: Base, examples: Examples, log: MetricsLog) -> None:
     folder, adapter = str(base.folder), state.adapter
     if isinstance(adapter.spec, jpeft.AdaLoRA):
         plot_ranks(out / RANKS, jpeft.ranks(adapter), f"AdaLoRA on {base.folder.name}: the rank of each kernel")

@@ -76,7 +76,7 @@ def step(
       at_once: all runs in the same products, by `vmap`, which holds the activations of all in memory; otherwise one
         after the other in a loop, in one run's memory. On two CPU cores the loop takes no longer than separate steps,
         `vmap` 0.9 to 1.4 times as long (`benchmarks/adapters.py`); an accelerator that one run leaves idle may gain.
-      options: of `train.step`, each run's: `accumulate`, `remat`.
+      options: of `train.step`, each run's: `accumulate`, `remat`, `loss`.
     """
     one = train.step(forward, optimizer, **options)
 

@@ -112,16 +112,16 @@ def run(
     """
     out, shared = Path(out), next(iter(runs.values()))
     with console.status("Reading the data …"):
-        examples = finetune._examples(file, load_tokenizer(hf_folder(model)), shared)
+        examples = finetune.examples_for(file, load_tokenizer(hf_folder(model)), shared)
     with console.status("Loading the model …"):
-        base = finetune._base(model, shared, examples.labels)
-        steps = finetune._steps(shared, examples.rows)
-        adapters = {name: finetune._adapter(base, one, examples.rows, steps) for name, one in runs.items()}
+        base = finetune.base_for(model, shared, examples.labels)
+        steps = finetune.steps_for(shared, examples.rows)
+        adapters = {name: finetune.adapter_for(base, one, examples.rows, steps) for name, one in runs.items()}
     programs = len(_groups(adapters))
     compiled = "one compiled step" if programs == 1 else f"{programs} compiled steps"
     console.print(f"{len(runs)} runs over one base, {compiled}", highlight=False)
-    console.print(finetune._what(examples, steps, shared), highlight=False)
-    score = finetune._scorer(base, examples, shared, console)
+    console.print(finetune.described(examples, steps, shared), highlight=False)
+    score = finetune.scorer_for(base, examples, shared, console)
     before = score(next(iter(adapters.values())))
     states, logs = _train(base, adapters, runs, examples.rows, steps, out, console)
     trained = _apart(states, adapters)
@@ -148,7 +148,8 @@ def _train(
     adamw = train.adamw(1.0, steps, warmup=shared.warmup, clip=shared.clip, weight_decay=shared.weight_decay)
     start = lambda name: _start(adapters[name], adamw, runs[name])
     states = {spec: sweep.stacked([start(name) for name in names]) for spec, names in _groups(adapters).items()}
-    step = sweep.step(base.forward, sweep.at_rate(adamw), accumulate=shared.accumulate, remat=shared.remat)
+    options = {"accumulate": shared.accumulate, "remat": shared.remat, "loss": finetune.loss_for(base)}
+    step = sweep.step(base.forward, sweep.at_rate(adamw), **options)
     advance = lambda states, params, batches: _advance(step, states, params, batches, _groups(adapters))
     logs = {name: MetricsLog(out / METRICS / f"{name}.jsonl", done=0) for name in runs}
     begun = train.run(advance, (states, {}), base.params, _batches(rows, runs))

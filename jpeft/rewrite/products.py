@@ -127,7 +127,9 @@ def oriented(weight: Weight, dims: Dims, acts: Callable[[Method], bool]) -> tupl
         return None
     if covers(contracted, kernel.contracted, kernel.shape):
         return branches if kernel.fan_in > 1 or not covers(contracted, kernel.output, kernel.shape) else None
-    if covers(contracted, kernel.output, kernel.shape) and all(m.transposed for m in methods):
+    # A bias of B belongs to the layer's own result, which is not this one's.
+    biased = any("bias" in branch.leaves for branch in branches)
+    if covers(contracted, kernel.output, kernel.shape) and all(m.transposed for m in methods) and not biased:
         return tuple(_transposed(branch) for branch in branches)
     return None
 

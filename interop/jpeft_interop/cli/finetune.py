@@ -188,7 +188,7 @@ def _spec(
         if value and not allowed[option]:
             raise BadParameter(f"{option} has no meaning with --method {method.value}")
     alpha = 2 * rank if alpha is None else alpha
-    where: Any = {"targets": _targets(targets)}
+    where: Any = {"targets": targets_of(targets)}
     if method is Method.ia3:
         return jpeft.IA3(**where)
     if method is Method.adalora:
@@ -198,7 +198,7 @@ def _spec(
     return kind(rank=rank, alpha=alpha, dropout=dropout, rank_stabilized=rslora, **where)
 
 
-def _targets(text: str) -> str | list[str]:
+def targets_of(text: str) -> str | list[str]:
     """Names where there is a comma or nothing but a name; else a regex, or `all-linear`."""
     if text == "all-linear":
         return text

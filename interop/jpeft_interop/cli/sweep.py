@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 from typer import Argument, BadParameter, Option
 
 from jpeft_interop.cli.arguments import ModelArgument, require_model
-from jpeft_interop.cli.finetune import ADAPTER, DATA, RUN, TRAINING, Dtype, Method, Task, _targets
+from jpeft_interop.cli.finetune import ADAPTER, DATA, RUN, TRAINING, Dtype, Method, Task, targets_of
 
 if TYPE_CHECKING:
     from jpeft.spec import Spec
@@ -110,7 +110,7 @@ def sweep(
     from jpeft_interop.finetune import Settings
     from jpeft_interop.sweep_run import grid, run
 
-    specs = _specs(method, ranks, alphas, {"targets": _targets(targets), "dropout": dropout})
+    specs = _specs(method, ranks, alphas, {"targets": targets_of(targets), "dropout": dropout})
     shared = Settings(
         next(iter(specs.values())),
         task=task.value,

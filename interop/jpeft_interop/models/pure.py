@@ -19,9 +19,9 @@ def pure(module: nnx.Module, compute_dtype: DTypeLike | None = None) -> tuple[Ca
     """`(forward, abstract_params)` of a model: a function without state, and the shapes of what it takes.
 
     `forward(params, input_ids, attention_mask=None, **options)` takes transformers' input names: `position_ids`,
-    `inputs_embeds`, `token_type_ids` (where the model has them), `output_hidden_states`, `logits_to_keep` (language
-    models) and `cache` (decoders, see `init_cache`). It is deterministic, and may be jitted, differentiated, vmapped
-    and rematerialised.
+    `inputs_embeds`, `token_type_ids` (where the model has them), `output_hidden_states`, `logits_to_keep` and
+    `next_tokens` (language models) and `cache` (decoders, see `init_cache`). It is deterministic, and may be jitted,
+    differentiated, vmapped and rematerialised.
 
     Args:
       module: a model of `build`, abstract or with weights; only its structure is kept.
