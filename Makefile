@@ -10,6 +10,7 @@ PYTHON ?= $(shell for python in python3 python3.11 python3.12 python3.13 python3
 WORKERS ?= 2
 BENCHMARKS ?= $(shell grep -l '^if __name__' benchmarks/*.py)
 PEERS := .venv-peers
+RELIABILITY ?= $(basename $(notdir $(shell grep -l '^if __name__' reliability/*.py)))
 
 # pip reads these, for the packages and for what builds them (older pips take the first for both).
 export PIP_CONSTRAINT := constraints.txt
@@ -17,10 +18,10 @@ export PIP_BUILD_CONSTRAINT := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test lint format types bench clean
+.PHONY: help setup quickstart test lint format types bench reliability clean
 
 help: ## list what there is
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## make .venv with everything in it (all other targets do this by themselves)
 
@@ -43,7 +44,11 @@ types: $(STAMP) ## pyright
 
 bench: $(PEERS)/.installed ## run the benchmarks, rewrite their tables: make bench BENCHMARKS=benchmarks/step.py for one
 	@for script in $(BENCHMARKS); do echo "== $$script"; \
-	  JPEFT_BENCH_README=benchmarks/README.md $(PEERS)/bin/python $$script || exit 1; done
+	  JPEFT_TABLES=benchmarks/README.md $(PEERS)/bin/python $$script || exit 1; done
+
+reliability: $(STAMP) ## try kills, faults, hostile files and several processes: make reliability RELIABILITY=kills for one
+	@for name in $(RELIABILITY); do echo "== $$name"; \
+	  JPEFT_TABLES=reliability/README.md $(BIN)/python -m reliability.$$name $(ARGS) || exit 1; done
 
 clean: ## remove caches and build output; environments stay
 	rm -rf build dist .pytest_cache .ruff_cache

@@ -10,7 +10,7 @@ from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-README = "JPEFT_BENCH_README"  # an environment variable: the file whose tables are rewritten
+README = "JPEFT_TABLES"  # an environment variable: the file whose tables are rewritten
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -63,7 +63,7 @@ def _signature(peers: Sequence[str]) -> str:
     device = jax.devices()[0].device_kind
     place = platform.machine() if device == "cpu" else device
     versions = ", ".join(filter(None, map(_version, ("jax", "flax", *peers))))
-    command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    command = " ".join(["python", *sys.orig_argv[1:]])
     return f"`{command}`, {date.today()}: {os.cpu_count()} CPU cores, {place}, {versions}."
 
 

@@ -4,6 +4,7 @@ from importlib import metadata as _metadata
 
 from jpeft import algebra as algebra
 from jpeft import initialize as initialize
+from jpeft import testing as testing
 from jpeft import xlora as xlora
 from jpeft.adalora import adalora as adalora
 from jpeft.adalora import prune as prune
@@ -21,6 +22,7 @@ from jpeft.errors import JpeftError as JpeftError
 from jpeft.errors import KernelError as KernelError
 from jpeft.errors import LiftError as LiftError
 from jpeft.errors import MergeError as MergeError
+from jpeft.errors import ShardingError as ShardingError
 from jpeft.errors import SpecError as SpecError
 from jpeft.errors import WeightsError as WeightsError
 from jpeft.gates import rows as rows
@@ -37,6 +39,8 @@ from jpeft.optimizers import lora_plus as lora_plus
 from jpeft.penalty import penalty as penalty
 from jpeft.save import load as load
 from jpeft.save import save as save
+from jpeft.shardings import optimizer_shardings as optimizer_shardings
+from jpeft.shardings import shardings as shardings
 from jpeft.stacked import stack as stack
 
 try:

@@ -10,6 +10,7 @@ import math
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Protocol
 
 import jax
@@ -17,9 +18,12 @@ import jax.numpy as jnp
 from jax import Array
 
 from jpeft.errors import KernelError, SpecError
+from jpeft.init_on_mesh import Maker
+from jpeft.init_on_mesh import constant as constant_at
 from jpeft.kernel import Kernel, Kernels
 from jpeft.method import Leaves
 from jpeft.methods import METHODS
+from jpeft.shardings import on_mesh, shardings
 from jpeft.site import Site
 from jpeft.spec import Spec
 from jpeft.targets import matches_pattern, resolve, saves_module, selected_layers
@@ -93,7 +97,8 @@ def init(
     """A new adapter that changes nothing yet.
 
     Each weight's key is `key` folded with its path, so that values do not depend on the other targets, the mesh or the
-    number of hosts.
+    number of hosts. Where the params live on a mesh, so does the adapter, as `jpeft.shardings` has it: each device
+    makes its own part.
 
     Args:
       key: a JAX PRNG key.
@@ -112,11 +117,25 @@ def init(
     if not isinstance(spec, Spec):
         raise SpecError(f"init takes a spec, as in init(key, jpeft.LoRA(rank=8), params); found {type(spec).__name__}")
     flat = base_leaves(params)
-    kernels = _kernels(flat, kernels, layout)
+    sites = _sites(spec, flat, parameters(params), _kernels(flat, kernels, layout))
+    constant = {site.path: METHODS[site.method].constant(spec, site) for site in sites}
+    kept: Part = {path: leaves for path, leaves in constant.items() if leaves}
+    new = lambda s: METHODS[s.method].init(_fold(key, s.path), s, spec, flat[s.path], dtype)
+    if not on_mesh(flat):
+        return Adapter({site.path: new(site) for site in sites}, kept, Meta(spec, sites))
+    shapes = {site.path: jax.eval_shape(partial(new, site)) for site in sites}
+    homes, maker = shardings(params, Adapter(shapes, kept, Meta(spec, sites))), Maker(spec, dtype)
+    made = lambda s: maker.trained(_fold(key, s.path), s, flat[s.path], homes.trained[s.path])
+    placed = {path: constant_at(leaves, homes.constant[path]) for path, leaves in kept.items()}
+    return Adapter({site.path: made(site) for site in sites}, placed, Meta(spec, sites))
+
+
+def _sites(spec: Spec, flat: Mapping[str, Any], own: Mapping[str, Any], kernels: Kernels) -> tuple[Site, ...]:
+    """What is done where, for the leaves `flat`, those named in `own` being parameters."""
     _check_fit(kernels, flat)
     sites = [_site(spec, path, kernels[path]) for path in resolve(spec.where, kernels)]
     _check_sites(spec, sites, flat)
-    trainable = {path: leaf for path, leaf in parameters(params).items() if is_floating(leaf)}
+    trainable = {path: leaf for path, leaf in own.items() if is_floating(leaf)}
     replaced = [
         _replacement(path, flat[path].shape) for path in _replaced_paths(spec, [s.path for s in sites], trainable)
     ]
@@ -124,11 +143,7 @@ def init(
         raise SpecError(
             f"{spec} trains nothing: it has no targets, no modules_to_save and no biases that these params have"
         )
-    sites = sorted([*sites, *replaced], key=lambda site: site.path)
-    new = lambda s: METHODS[s.method].init(_fold(key, s.path), s, spec, flat[s.path], dtype)
-    constant: Part = {site.path: METHODS[site.method].constant(spec, site) for site in sites}
-    kept = {path: leaves for path, leaves in constant.items() if leaves}
-    return Adapter({site.path: new(site) for site in sites}, kept, Meta(spec, tuple(sites)))
+    return tuple(sorted([*sites, *replaced], key=lambda site: site.path))
 
 
 def _kernels(flat: Mapping[str, Any], kernels: Kernels | None, layout: HasKernels | None) -> Kernels:

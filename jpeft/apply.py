@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jax.core import Tracer
 
@@ -56,20 +56,22 @@ def apply(params: Any, adapter: Adapters, weights: Weights = None) -> Any:
 def merge(params: Any, adapter: Adapters, weights: Weights = None) -> Any:
     """`apply`, once and for good: outside jit, each result checked to be finite before anything is returned.
 
-    There is no unmerge: keep the base.
+    Each merged weight lives where the base's does, on whatever mesh. There is no unmerge: keep the base.
 
     Raises:
       MergeError: a merged weight is not finite; or called under jit.
     """
     base, merged = flatten(params), apply(params, adapter, weights)
+    at_home: dict[str, Array] = {}
     for path, leaf in flatten(merged).items():
         if leaf is base[path]:
             continue
         if isinstance(leaf, Tracer):
             raise MergeError("merge checks values, so it can't run under jit; inside jit use jpeft.apply")
-        if not np.all(jnp.isfinite(leaf)):
+        if not jnp.isfinite(leaf).all():
             raise MergeError(f"{path!r} holds values that are not finite after merging; nothing was returned")
-    return merged
+        at_home[path] = jax.device_put(leaf, base[path].sharding) if isinstance(base[path], Array) else leaf
+    return replace(merged, at_home)
 
 
 def adapted(weight: Array, effects: Sequence[Effect]) -> Array:

@@ -3,6 +3,7 @@
 JpeftError
 ├── SpecError        a spec that means nothing: no such target, a bad hyperparameter, a spec where an adapter belongs
 ├── KernelError      a weight that the method can't act on, or whose geometry is not known
+├── ShardingError    where an adapter is to live on a mesh can't be told from where its base lives
 ├── LiftError        the fast path can't do what was asked: an adapted weight never read, an nnx.Module argument
 ├── MergeError       folding in would be wrong: a value that is not finite, a tie that would break
 ├── AdapterError     an adapter's file or folder that is broken, foreign, or does not fit the params
@@ -22,6 +23,10 @@ class SpecError(JpeftError):
 
 class KernelError(JpeftError):
     """A weight that the method can't act on, or whose geometry is not known."""
+
+
+class ShardingError(JpeftError):
+    """Where an adapter lives on a mesh can't be told from the params."""
 
 
 class LiftError(JpeftError):

@@ -14,12 +14,12 @@ from __future__ import annotations
 import jax
 from jax import Array
 
-from jpeft.whole import whole
+from jpeft.whole import for_cpu, whole
 
 
 def _pays(x: Array) -> bool:
     # Measured on the CPU backend alone, where it decides; elsewhere the compiler is left to choose.
-    return jax.default_backend() == "cpu" and x.ndim == 2
+    return for_cpu() and x.ndim == 2
 
 
 @jax.custom_batching.custom_vmap

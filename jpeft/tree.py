@@ -77,6 +77,11 @@ def flatten(params: Any) -> dict[str, Any]:
     return flat
 
 
+def as_they_are(params: Any) -> dict[str, Any]:
+    """The leaves by path, boxes left closed: for what a box says of its array."""
+    return dict(_leaves(params)[0])
+
+
 def base_leaves(params: Any) -> dict[str, Any]:
     """`flatten`, of params that have nothing attached.
 

@@ -17,6 +17,15 @@ from jax.experimental.xla_metadata import set_xla_metadata
 F = TypeVar("F", bound=Callable)
 
 
+def for_cpu() -> bool:
+    """Whether what is traced now will run on CPUs: on the devices of the mesh that is set, or else JAX's own.
+
+    A program compiled here for a pod that is elsewhere is not for the CPU: `with jax.set_mesh(mesh)` says so.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return (jax.default_backend() if device is None else device.platform) == "cpu"
+
+
 def whole(fn: F) -> F:
     """`fn`, a pure function of arrays, whose results are each one array in memory for whoever reads them.
 
@@ -31,7 +40,7 @@ def whole(fn: F) -> F:
 
     @wraps(fn)
     def kept(*args):
-        if jax.default_backend() != "cpu":
+        if not for_cpu():
             return fn(*args)
         with set_xla_metadata(inlineable="false"):
             return call(*args)

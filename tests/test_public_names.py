@@ -24,6 +24,7 @@ JPEFT = (
     "LiftError",
     "LoRA",
     "MergeError",
+    "ShardingError",
     "SpecError",
     "WeightsError",
     "adalora",
@@ -38,11 +39,13 @@ JPEFT = (
     "lora_fa",
     "lora_plus",
     "merge",
+    "optimizer_shardings",
     "penalty",
     "prune",
     "ranks",
     "rows",
     "save",
+    "shardings",
     "stack",
 )
 

@@ -19,7 +19,7 @@ import numpy as np
 from jax import Array
 
 from jpeft.kernel import Kernel
-from jpeft.method import Leaves, Meeting, Method, Weights
+from jpeft.method import Axes, Leaves, Meeting, Method, Weights
 from jpeft.methods import lora
 from jpeft.site import Site
 from jpeft.spec import Spec, names_of
@@ -121,9 +121,14 @@ def init(key: Array, site: Site, spec: AdaLoRA, weight: Array, dtype: jnp.dtype)
     """`a` (*batch, *contracted, r) and `b` (*batch, r, *output), N(0, 0.02²), and `e` (*batch, r), zero."""
     kernel, rank = site.kernel, site.rank
     key_a, key_b = jax.random.split(key)
-    a = jax.random.normal(key_a, (*kernel.batch_shape, *kernel.sizes(kernel.contracted), rank), dtype)
-    b = jax.random.normal(key_b, (*kernel.batch_shape, rank, *kernel.sizes(kernel.output)), dtype)
-    return {"a": 0.02 * a, "b": 0.02 * b, "e": jnp.zeros((*kernel.batch_shape, rank), dtype)}
+    a = lora.gaussian(key_a, (*kernel.batch_shape, *kernel.sizes(kernel.contracted), rank), 0.02, dtype)
+    b = lora.gaussian(key_b, (*kernel.batch_shape, rank, *kernel.sizes(kernel.output)), 0.02, dtype)
+    return {"a": a, "b": b, "e": jnp.zeros((*kernel.batch_shape, rank), dtype)}
+
+
+def axes(kernel: Kernel) -> dict[str, Axes]:
+    """LoRA's, and those of E."""
+    return lora.axes(kernel) | {"e": (*kernel.batch, None)}
 
 
 def constant(spec: AdaLoRA, site: Site) -> Leaves:
@@ -182,6 +187,7 @@ METHOD = Method(
     transform,
     matrices,
     init=init,
+    axes=axes,
     constant=constant,
     delta=delta,
     weighted=lora.weighted,

@@ -20,7 +20,7 @@ from jax import Array
 
 from jpeft.errors import KernelError
 from jpeft.kernel import Kernel, to_matrix, wide
-from jpeft.method import Leaves, Meeting, Method, Weights
+from jpeft.method import Axes, Leaves, Meeting, Method, Weights
 from jpeft.methods import lora
 from jpeft.site import Site
 
@@ -52,6 +52,11 @@ def init(key: Array, site: Site, spec: DoRA, weight: Any, dtype: jnp.dtype) -> L
     norms = column_norms(wide(to_matrix(jnp.asarray(weight), kernel)))
     m = norms.reshape(*kernel.batch_shape, *kernel.sizes(kernel.output))
     return lora.init(key, site, spec, weight, dtype) | {"m": m.astype(dtype)}
+
+
+def axes(kernel: Kernel) -> dict[str, Axes]:
+    """LoRA's, and those of m and of the choice of slices."""
+    return lora.axes(kernel) | {"m": (*kernel.batch, *kernel.output), "chosen": kernel.batch}
 
 
 def constant(spec: DoRA, site: Site) -> Leaves:
@@ -109,4 +114,4 @@ def lookup(meeting: Meeting, y: Array, w: Weights, leaves: Leaves) -> Array:
     return ((wide(y) + wide(lora.looked_up(meeting, leaves))) * gain).astype(y.dtype)
 
 
-METHOD = Method(transform, matrices, init=init, constant=constant, product=product, lookup=lookup)
+METHOD = Method(transform, matrices, init=init, axes=axes, constant=constant, product=product, lookup=lookup)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jpeft.kernel import Kernel
-from jpeft.method import Leaves, Method, Scales
+from jpeft.method import Axes, Leaves, Method, Scales
 from jpeft.site import Site
 from jpeft.spec import Spec
 from jpeft.targets import frozen_names, names_weight
@@ -65,8 +65,18 @@ def init(key: Array, site: Site, spec: IA3, weight: Any, dtype: jnp.dtype) -> Le
     kernel = site.kernel
     if not spec.is_feedforward(site.path):
         return {"l": jnp.ones((*kernel.batch_shape, *kernel.sizes(kernel.output)), dtype)}
-    contracted = kernel.contracted[-1:] if kernel.kind == "conv" else kernel.contracted
-    return {"l_in": jnp.ones((*kernel.batch_shape, *kernel.sizes(contracted)), dtype)}
+    return {"l_in": jnp.ones((*kernel.batch_shape, *kernel.sizes(_input_axes(kernel))), dtype)}
+
+
+def _input_axes(kernel: Kernel) -> tuple[int, ...]:
+    """The axes of the weight that l_in scales: of a convolution's, the channels."""
+    return kernel.contracted[-1:] if kernel.kind == "conv" else kernel.contracted
+
+
+def axes(kernel: Kernel) -> dict[str, Axes]:
+    """Which axis of the weight each axis of a leaf is."""
+    out = (*kernel.batch, *kernel.output)
+    return {"l": out, "mask": out, "l_in": (*kernel.batch, *_input_axes(kernel)), "chosen": kernel.batch}
 
 
 def constant(spec: IA3, site: Site) -> Leaves:
@@ -106,4 +116,4 @@ def transposed(leaves: Leaves) -> Leaves:
     return {other[name]: leaf for name, leaf in leaves.items()}
 
 
-METHOD = Method(transform, matrices, init=init, constant=constant, transposed=transposed, scales=scales)
+METHOD = Method(transform, matrices, init=init, axes=axes, constant=constant, transposed=transposed, scales=scales)

@@ -21,7 +21,7 @@ from jax import Array
 
 from jpeft.kernel import Kernel
 from jpeft.low_rank import low_rank, low_rank_plain
-from jpeft.method import Leaves, Meeting, Method, Site, Weights
+from jpeft.method import Axes, Leaves, Meeting, Method, Site, Weights
 from jpeft.spec import Spec, names_of
 from jpeft.targets import Patterns, frozen_mapping, pattern_value
 from jpeft.tree import module_of
@@ -135,11 +135,23 @@ def init(key: Array, site: Site, spec: LoRA, weight: Array, dtype: jnp.dtype) ->
     return leaves
 
 
+def axes(kernel: Kernel) -> dict[str, Axes]:
+    """Which axis of the weight each axis of a leaf is."""
+    batch, contracted, output = kernel.batch, kernel.contracted, kernel.output
+    b = (*batch, None, *output)
+    return {"a": (*batch, *contracted, None), "b": b, "mask": b, "bias": (*batch, *output), "scaling": batch}
+
+
 def _draw_a(key: Array, shape: tuple[int, ...], how: Init, fan_in: int, dtype: jnp.dtype) -> Array:
     if how == "gaussian":
-        return jax.random.normal(key, shape, dtype) / max(shape[-1], 1)
+        return gaussian(key, shape, 1 / max(shape[-1], 1), dtype)
     bound = 1 / math.sqrt(max(fan_in, 1))
     return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+def gaussian(key: Array, shape: tuple[int, ...], deviation: float, dtype: jnp.dtype) -> Array:
+    """N(0, deviation²): the same bits under jit and outside, where the barrier keeps two factors from becoming one."""
+    return deviation * jax.lax.optimization_barrier(jax.random.normal(key, shape, dtype))
 
 
 def constant(spec: LoRA, site: Site) -> Leaves:
@@ -228,6 +240,7 @@ METHOD = Method(
     transform,
     matrices,
     init=init,
+    axes=axes,
     constant=constant,
     delta=delta,
     weighted=weighted,

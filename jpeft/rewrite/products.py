@@ -20,6 +20,7 @@ from jpeft.gates import aligned
 from jpeft.kernel import wide
 from jpeft.method import Meeting, Method, Weights
 from jpeft.methods import METHODS
+from jpeft.rewrite.explicit import ending_where
 from jpeft.rewrite.program import Program, Result, Use, bind
 from jpeft.rewrite.rows import Dims, Roles, Rows
 from jpeft.rewrite.weight import Branch, Weight, fold_in, is_weight, over_keys
@@ -64,6 +65,11 @@ class _Equation:
         """Of this product."""
         return Dims.of(dict(self.params)["dimension_numbers"], self.side, x.ndim, weight.value.ndim)
 
+    @property
+    def placed_by_compiler(self) -> _Equation:
+        """The same, that says nothing of how its result is split over devices."""
+        return replace(self, params=tuple((name, None if name == "out_sharding" else p) for name, p in self.params))
+
     def bind(self, x: Array, w: Array) -> Array:
         """The product itself."""
         return self.primitive.bind(*[x, w][:: 1 if self.side else -1], **dict(self.params))
@@ -72,6 +78,12 @@ class _Equation:
 @partial(jax.jit, static_argnames=("equation", "forward_mode"))
 def _adapted(x: Array, weight: Weight, number: Array | None, *, equation: _Equation, forward_mode: bool) -> Array:
     """The equation with the weight's branches beside it; `number` is that of the use, for its dropout."""
+    frozen = lambda x, weight, number: equation.bind(x, weight.value)
+    beside = partial(_beside, equation=equation.placed_by_compiler, forward_mode=forward_mode)
+    return ending_where(frozen, beside, x, weight, number)
+
+
+def _beside(x: Array, weight: Weight, number: Array | None, *, equation: _Equation, forward_mode: bool) -> Array:
     dims, base = equation.dims(x, weight), lambda x: equation.bind(x, weight.value)
     branches, out = _oriented(weight, dims)
     assert branches is not None

@@ -18,6 +18,7 @@ RULES = {
     "name": moves.unchanged,
     "optimization_barrier": moves.barrier,
     "sharding_constraint": moves.unchanged,
+    "reshard": moves.unchanged,
     "dot_general": products.dot_general,
     "ragged_dot_general": experts.ragged_dot,
     "gather": products.gather,
