@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
 from jpeft.errors import SpecError
 from jpeft.kernel import Kernel
-from jpeft.targets import Patterns, Targets, frozen_mapping, frozen_names
+from jpeft.regex import RegexError, parsed
+from jpeft.targets import FIXED, MOST_REGEXES, Patterns, Targets, frozen_mapping, frozen_names
 
 Bias = Literal["none", "all", "lora_only"]
 
@@ -95,13 +95,16 @@ class Spec:
         return SpecError(f"{type(self).__name__}: {what}")
 
     def check_regexes(self, *regexes: str) -> None:
-        """Raises SpecError for what is no regex."""
-        for regex in regexes:
+        """Raises SpecError for what is no regex, or too many of them; a mere name is one."""
+        real = [regex for regex in regexes if FIXED.fullmatch(regex) is None]
+        if len(real) > MOST_REGEXES:
+            raise self.fail(f"{len(real)} regexes: expected at most {MOST_REGEXES}")
+        for regex in real:
             try:
-                re.compile(regex)
-            except re.error as error:
-                hint = f"names go in a list: targets=[{regex!r}]"
-                raise self.fail(f"{regex!r} is no regex ({error}); {hint}") from error
+                parsed(regex)
+            except RegexError as error:
+                hint = f"names go in a list: targets=[{regex!r:.200}]"
+                raise self.fail(f"{regex!r:.200} is no regex that is taken here ({error}); {hint}") from error
 
     def check_ranks(self, name: str, rank: Any, least: int = 0) -> None:
         """Raises SpecError for what is no rank."""

@@ -8,15 +8,20 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, TypeVar
 
 from jpeft.errors import KernelError, SpecError
 from jpeft.kernel import Kernel, Kernels
+from jpeft.regex import ends, matches, parsed
 from jpeft.tree import dotted, module_of, nearest
 
 V = TypeVar("V")
 Patterns = Mapping[str, V] | tuple[tuple[str, V], ...]
 ALL_LINEAR = "all-linear"
+FIXED = re.compile(r"(?:[\w\-.]|\\[.\-])*")  # a pattern that is a name; its dots stand for any character
+NUMBER = re.compile(r"\.(\d+)(?=\.)")
+MOST_REGEXES, MOST_FORMS = 50, 500
 
 
 @dataclass(frozen=True)
@@ -44,20 +49,98 @@ def frozen_mapping(mapping: Patterns[V]) -> tuple[tuple[str, V], ...]:
 
 def matches_pattern(pattern: str, *names: str) -> bool:
     """Whether a pattern is one of the dotted names, whole or from a dot to the end."""
-    return any(re.match(rf"(.*\.)?({dotted(pattern)})$", dotted(name)) for name in names)
+    return any(_ends_in(dotted(pattern), dotted(name)) for name in names)
+
+
+def _ends_in(pattern: str, name: str) -> bool:
+    begin = sum(1 << at for at in _parts_begin(name))
+    return bool(ends(pattern, name, begin) >> len(name))
+
+
+def _parts_begin(name: str) -> list[int]:
+    """Where the parts of a dotted name begin."""
+    return [0, *(at + 1 for at, char in enumerate(name) if char == ".")]
 
 
 def pattern_value(patterns: Patterns[V], names: Sequence[str], default: V) -> V:
-    """The value of the first pattern that matches one of the names."""
-    return next((value for pattern, value in frozen_mapping(patterns) if matches_pattern(pattern, *names)), default)
+    """The value of the first pattern that matches one of the names.
+
+    Raises:
+      SpecError: one of the patterns is no regex that is taken here, or there are too many of them.
+    """
+    pairs = frozen_mapping(patterns)
+    known = _sorted_patterns(tuple(pattern for pattern, _ in pairs))
+    found = min((known.first(dotted(name)) for name in names), default=len(pairs))
+    return pairs[found][1] if found < len(pairs) else default
+
+
+@dataclass(frozen=True)
+class _Patterns:
+    """Patterns, sorted: those of one length, by where they have a `.` that stands for any character, and real regexes.
+
+    A file may name each module apart, or hold a hundred thousand names: those are looked up, and not tried in turn.
+    """
+
+    fixed: Mapping[int, Mapping[tuple[int, ...], Mapping[str, int]]]
+    regexes: tuple[tuple[int, str], ...]
+    count: int
+
+    def first(self, name: str) -> int:
+        """The place of the first that matches; `count` if none does."""
+        found = [self.count]
+        for begin in _parts_begin(name):
+            end = name[begin:]
+            for anything, known in self.fixed.get(len(end), {}).items():
+                found.append(known.get(_blanked(end, anything), self.count))
+        best = min(found)
+        return next((at for at, regex in self.regexes if at < best and _ends_in(regex, name)), best)
+
+
+@lru_cache(256)
+def _sorted_patterns(patterns: tuple[str, ...]) -> _Patterns:
+    fixed: dict[int, dict[tuple[int, ...], dict[str, int]]] = {}
+    regexes: list[tuple[int, str]] = []
+    for at, pattern in enumerate(map(dotted, patterns)):
+        if FIXED.fullmatch(pattern) is None:
+            regexes.append((at, pattern))
+            continue
+        marks = re.findall(r"\\.|[^\\]", pattern)
+        anything = tuple(i for i, mark in enumerate(marks) if mark == ".")
+        fixed.setdefault(len(marks), {}).setdefault(anything, {}).setdefault("".join(m[-1] for m in marks), at)
+    forms = sum(map(len, fixed.values()))
+    if len(regexes) > MOST_REGEXES or forms > MOST_FORMS:
+        raise SpecError(
+            f"{len(regexes)} regexes, and names of {forms} forms: expected at most {MOST_REGEXES} and {MOST_FORMS}; "
+            "name modules by the ends of their paths"
+        )
+    for _, regex in regexes:
+        parsed(regex)
+    return _Patterns(fixed, tuple(regexes), len(patterns))
+
+
+def _blanked(name: str, where: tuple[int, ...]) -> str:
+    letters = list(name)
+    for at in where:
+        letters[at] = "."
+    return "".join(letters)
 
 
 def names_module(names: str | tuple[str, ...], module: str) -> bool:
-    """Whether a regex matches the whole dotted path, or a name equals it or its end from a separator on."""
+    """Whether a regex matches the whole dotted path, or a name equals it or its end from a separator on.
+
+    Raises:
+      SpecError: it is no regex that is taken here.
+    """
     name = dotted(module)
     if isinstance(names, str):
-        return re.fullmatch(names, name) is not None
-    return any(name == dotted(n) or name.endswith("." + dotted(n)) for n in names)
+        return matches(names, name)
+    known = _dotted_names(names)
+    return any(name[begin:] in known for begin in _parts_begin(name))
+
+
+@lru_cache(256)
+def _dotted_names(names: tuple[str, ...]) -> frozenset[str]:
+    return frozenset(map(dotted, names))
 
 
 def names_weight(names: str | tuple[str, ...], path: str) -> bool:
@@ -70,17 +153,27 @@ def names_weight(names: str | tuple[str, ...], path: str) -> bool:
 
 def saves_module(saved: Sequence[str], module: str) -> bool:
     """Whether a module (or leaf) lies in one of those saved whole (a name of its path, or anything below it)."""
-    parts = dotted(module)
-    return any(re.match(rf"(^|.*\.){re.escape(dotted(name))}($|\..*)", parts) for name in saved)
+    parts, known = dotted(module).split("."), _dotted_names(tuple(saved))
+    last = range(1, len(parts) + 1)
+    return bool(known) and any(".".join(parts[begin:end]) in known for end in last for begin in range(end))
 
 
 def layer_number(module: str, patterns: tuple[str, ...] = ()) -> int | None:
     """The first layer number of a path, from `layers/0` and `layers_0` alike."""
     name = re.sub(r"_(\d+)(?=\.|$)", r".\1", dotted(module))
-    for pattern in patterns or (r"[^.]*",):
-        found = re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", name)
-        if found:
-            return int(found.group(1))
+    if not patterns:
+        found = re.match(r"(?:^|.*?\.)[^.]*\.(\d+)\.", name)
+        return int(found.group(1)) if found else None
+    return next((number for pattern in patterns if (number := _number_after(pattern, name)) is not None), None)
+
+
+def _number_after(pattern: str, name: str) -> int | None:
+    """The number that stands behind the first of the name's parts that the pattern matches."""
+    for begin in _parts_begin(name):
+        found = ends(pattern, name, 1 << begin)
+        for number in NUMBER.finditer(name) if found else ():
+            if found >> number.start() & 1:
+                return int(number.group(1))
     return None
 
 

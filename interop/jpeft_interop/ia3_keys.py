@@ -17,6 +17,7 @@ from typing import Any
 
 import jpeft
 from jpeft.kernel import Kernel
+from jpeft.regex import matches
 from jpeft.targets import names_module
 from jpeft.tree import dotted, module_of
 from jpeft_interop.lora_keys import Leaves
@@ -36,7 +37,7 @@ HEAD_BIASES = {
 def is_feedforward(feedforward: str | tuple[str, ...], module: str) -> bool:
     """Whether PEFT scales the input of a module: names match the end of its path, at a dot or not."""
     if isinstance(feedforward, str):
-        return re.fullmatch(feedforward, module) is not None
+        return matches(feedforward, module)
     return any(module.endswith(name.replace("/", ".")) for name in feedforward)
 
 
