@@ -10,32 +10,8 @@ import jpeft
 from jpeft.regex import RegexError, matches
 from jpeft.targets import layer_number, matches_pattern, names_module, pattern_value, saves_module
 
-ATOMS = ["a", "b", "c", r"\.", ".", "[ab]", "[^a]", r"\d", r"\w", "ab", "1", "_", r"\b", "^", "$", r"\B", r"\Z", r"\A", "x{"]
-ATOMS += ["[]a]", "[^]a]", "(?:)", "[a-c_]"]
-    r"a",
-    r"b",
-    r"c",
-    r"\.",
-    r".",
-    r"[ab]",
-    r"[^a]",
-    r"\d",
-    r"\w",
-    r"ab",
-    r"1",
-    r"_",
-    r"\b",
-    r"^",
-    r"$",
-    r"\B",
-    r"\Z",
-    r"\A",
-    r"x{",
-    r"[]a]",
-    r"[^]a]",
-    r"(?:)",
-    r"[a-c_]",
-]
+ATOMS = ["a", "b", "c", r"\.", ".", "[ab]", "[^a]", r"\d", r"\w", "ab", "1", "_", r"\b", "^", "$", r"\B", r"\Z", r"\A"]
+ATOMS += ["x{", "[]a]", "[^]a]", "(?:)", "[a-c_]"]
 TIMES = ["*", "+", "?", "*?", "+?", "??", "{2}", "{1,3}", "{,2}", "{1,}", "{0}", "{,}"]
 NAMES = ["model.layers.0.self_attn.q_proj", "model.layers.11.mlp.down_proj", "lm_head", "visual.blocks.3.attn.qkv"]
 
