@@ -19,7 +19,6 @@ from jax import Array
 
 from jpeft.errors import KernelError, SpecError
 from jpeft.init_on_mesh import Maker
-from jpeft.init_on_mesh import constant as constant_at
 from jpeft.kernel import Kernel, Kernels
 from jpeft.method import Leaves
 from jpeft.methods import METHODS
@@ -126,7 +125,7 @@ def init(
     shapes = {site.path: jax.eval_shape(partial(new, site)) for site in sites}
     homes, maker = shardings(params, Adapter(shapes, kept, Meta(spec, sites))), Maker(spec, dtype)
     made = lambda s: maker.trained(_fold(key, s.path), s, flat[s.path], homes.trained[s.path])
-    placed = {path: constant_at(leaves, homes.constant[path]) for path, leaves in kept.items()}
+    placed = jax.jit(lambda: kept, out_shardings=homes.constant)()
     return Adapter({site.path: made(site) for site in sites}, placed, Meta(spec, sites))
 
 

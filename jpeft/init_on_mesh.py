@@ -11,7 +11,6 @@ from dataclasses import replace
 from typing import Any
 
 import jax
-import numpy as np
 from jax import Array
 
 from jpeft.method import Leaves
@@ -43,10 +42,3 @@ class Maker:
             return METHODS[site.method].init(key, site, self.spec, shape if array is None else array, self.dtype)
 
         return jax.jit(new, out_shardings=dict(homes))
-
-
-def constant(leaves: Leaves, homes: Homes) -> Leaves:
-    """What is the same on every process, each leaf at its home."""
-    host = {name: np.asarray(leaf) for name, leaf in leaves.items()}
-    part = lambda name: lambda index: host[name][index]
-    return {name: jax.make_array_from_callback(leaf.shape, homes[name], part(name)) for name, leaf in host.items()}

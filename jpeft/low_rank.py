@@ -61,7 +61,7 @@ def low_rank(x: Array, y: Array, a: Array, b: Array, scaling: Array) -> Array:
     """`y + s (x A) B`, in the dtype of `y`.
 
     Args:
-      x: (*batch, rows, in).
+      x: (*batch, rows, in); without batch axes, there may be several of rows.
       y: the frozen product, (*batch, rows, out).
       a: (*batch, in, r), in the dtype of `x`, as `b` and `scaling`.
       b: (*batch, r, out).
@@ -81,9 +81,16 @@ def _backward(saved: tuple[Array, ...], g: Array) -> tuple[Array, ...]:
     x, a, b, scaling, h = saved
     s, dy = scaling[..., None, None], g.astype(a.dtype)
     dh = _barrier(dy @ (s * b).mT)
-    hg = _barrier(h.mT @ dy)
-    da = _barrier(dh.mT @ x).mT
+    over_rows = _over_rows if a.ndim == 2 else lambda u, v: u.mT @ v
+    hg = _barrier(over_rows(h, dy))
+    da = _barrier(over_rows(dh, x)).mT
     return _barrier(dh @ a.mT), g, da, s * hg, (b * hg).sum((-2, -1))
+
+
+def _over_rows(u: Array, v: Array) -> Array:
+    """uᵀ v, (r, n), the sum over all axes of rows."""
+    rows = tuple(range(u.ndim - 1))
+    return jax.lax.dot_general(u, v, ((rows, rows), ((), ())))
 
 
 low_rank.defvjp(_forward, _backward)

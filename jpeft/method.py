@@ -20,12 +20,18 @@ class Product(Protocol):
     """The method inside a product of the model, without forming the adapted weight.
 
     `x` (*batch, rows, in) is the product's input, after dropout where there is some, `y` (*batch, rows, out) the frozen
-    product's result, and `w()` the frozen weight (*batch, in, out). Returns the adapted result.
+    product's result, and `w()` the frozen weight (*batch, in, out). Without batch axes there may be several axes of
+    rows. Returns the adapted result.
     """
 
     def __call__(self, x: Array, y: Array, w: Weights, leaves: Leaves, *, forward_mode: bool) -> Array:
         """The adapted result."""
         ...
+
+
+def for_rows(v: Array, rows: Array) -> Array:
+    """`v` (*batch, n) with an axis for each of the axes of `rows` (*batch, *rows, n)."""
+    return v.reshape(*v.shape[:-1], *[1] * (rows.ndim - v.ndim), v.shape[-1])
 
 
 class Meeting(NamedTuple):

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from jax.sharding import NamedSharding
 from jax.stages import Compiled
 
 from jpeft.tree import flatten
@@ -65,61 +66,78 @@ def collectives(compiled: Compiled | str) -> tuple[Collective, ...]:
     text = compiled if isinstance(compiled, str) else (compiled.as_text() or "")
     bodies = dict(_computations(text))
     times = _times(bodies)
-    return tuple(found for name, lines in bodies.items() for found in _found(lines, times.get(name, 1)))
+    once: dict[Any, Collective] = {}  # an asynchronous one stands in several functions, under one number
+    for name, lines in bodies.items():
+        for number, found in _found(lines, times.get(name, 1)):
+            once.setdefault(number or len(once), found)
+    return tuple(once.values())
 
 
 def assert_base_stays(lifted: Compiled | str, plain: Compiled | str, params: Any) -> None:
     """No collective of the lifted program moves anything shaped like a weight of the base that the plain one does not.
 
-    Like a weight: its sizes, in any order, each whole or divided by a number of devices, of one layer or of the stack.
+    Like a weight: its sizes, in any order, each whole or split along some of the mesh, of one layer or of the stack.
     What has such sizes by chance counts too; give the example other numbers of rows and another rank than the weights'.
 
     Args:
       lifted: the step with an adapter, compiled on a mesh.
       plain: the frozen model's own step, forward and backward through the activations, compiled on the same mesh.
-      params: the base; arrays or `jax.ShapeDtypeStruct`.
+      params: the base; arrays or `jax.ShapeDtypeStruct`, with their shardings.
 
     Raises:
       AssertionError: there are some; names each, with its bytes.
     """
-    allowed, found = (_moved(program, _base_shapes(params, _partitions(program))) for program in (plain, lifted))
+    allowed, found = _moved(plain, params), _moved(lifted, params)
     extra = [one for alike, (times, one) in found.items() if times > allowed.get(alike, (0, one))[0]]
     assert not extra, "the lifted program moves what is shaped like a weight of the base:\n" + "\n".join(
         map(str, extra)
     )
 
 
-def _moved(program: Compiled | str, shapes: set[Shape]) -> dict[Any, tuple[int, Collective]]:
-    """What the program moves of these shapes: how often, and the first of each."""
-    found: dict[Any, tuple[int, Collective]] = {}
+def base_bytes(program: Compiled | str, params: Any) -> int:
+    """The bytes that a call of a program moves on each device in what is shaped like a weight of the base.
+
+    A compiler may gather a weight at once, or send its parts around while it multiplies: shapes and numbers of
+    collectives then differ where the bytes say the same.
+    """
+    return sum(times * one.bytes for times, one in _moved(program, params).values())
+
+
+def _moved(program: Compiled | str, params: Any) -> dict[Any, tuple[int, Collective]]:
+    """What the program moves that looks like the base: how often, and the first of each."""
+    parts, found = _parts_of_axes(params), {}
+    shapes = _base_shapes(params, parts)
     for one in collectives(program):
-        if any(_sizes(shape) in shapes for _, shape in one.shapes):
+        if any(_is_base(_sizes(shape), shapes, parts) for _, shape in one.shapes):
             alike = one.kind, tuple(sorted((dtype, _sizes(shape)) for dtype, shape in one.shapes))
             times, first = found.get(alike, (0, one))
             found[alike] = times + one.times, first
     return found
 
 
-def _partitions(program: Compiled | str) -> int:
-    """How many devices the program is for."""
-    text = program if isinstance(program, str) else (program.as_text() or "")
-    counts = re.findall(r"(?:num_partitions|replica_count)=(\d+)", text.partition("\n")[0])
-    return math.prod(map(int, counts))
+def _is_base(sizes: Shape, shapes: set[Shape], parts: set[int]) -> bool:
+    """Whether these are sizes of a weight; there may be an axis for the devices that its parts came from."""
+    without = [sizes[:i] + sizes[i + 1 :] for i, size in enumerate(sizes) if size in parts]
+    return any(some in shapes for some in (sizes, *without))
 
 
-def _base_shapes(params: Any, devices: int) -> set[Shape]:
+def _parts_of_axes(params: Any) -> set[int]:
+    """Into how many parts an axis may be split: along some of the mesh's axes."""
+    homes = [getattr(leaf, "sharding", None) for leaf in flatten(params).values()]
+    meshes = {home.mesh for home in homes if isinstance(home, NamedSharding)}
+    sizes = [size for mesh in meshes for size in mesh.shape.values()]
+    return {math.prod(some) for n in range(len(sizes) + 1) for some in itertools.combinations(sizes, n)}
+
+
+def _base_shapes(params: Any, parts: set[int]) -> set[Shape]:
     """The sizes that a weight of two axes or more may have on one device, sorted, those of 1 left out."""
     shapes = {tuple(leaf.shape) for leaf in flatten(params).values() if len(getattr(leaf, "shape", ())) > 1}
     one_layer = {kept for shape in shapes for n in range(2, len(shape)) for kept in itertools.combinations(shape, n)}
-    return {_sizes(part) for shape in shapes | one_layer for part in _parts(shape, devices) if len(_sizes(part)) > 1}
-
-
-def _parts(shape: Shape, devices: int) -> Iterator[Shape]:
-    """The shape, each axis whole or divided, among so many devices at most."""
-    divisors = [[n for n in range(1, devices + 1) if devices % n == 0 and size % n == 0] for size in shape]
-    for by in itertools.product(*divisors):
-        if math.prod(by) <= devices:
-            yield tuple(size // n for size, n in zip(shape, by, strict=True))
+    # Parts laid side by side in memory, which XLA may take for one longer axis, are the last.
+    sizes_of = lambda size: {size // n for n in parts if size % n == 0} | {size * n for n in parts}
+    split = lambda shape: itertools.product(*map(sizes_of, shape))
+    found = {_sizes(part) for shape in shapes | one_layer for part in split(shape)}
+    return {sizes for sizes in found if len(sizes) > 1}
 
 
 def _sizes(shape: Shape) -> Shape:
@@ -152,24 +170,35 @@ def _times(bodies: Mapping[str, list[str]]) -> dict[str, int]:
     return times
 
 
-def _calls(lines: Iterable[str], known: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+def _calls(lines: Iterable[str], known: Mapping[str, list[str]]) -> Iterator[tuple[str, int]]:
     for line in lines:
-        trips = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
+        trips = _trips(line, known)
         for role, group, one in re.findall(r"(\w+)=(?:\{(%[^}]*)\}|%([\w.\-]+))", line):
             if role in ("calls", "to_apply", "body", "branch_computations", "called_computations"):
                 for callee in re.findall(r"[\w.\-]+", group or one):
                     if callee in known:
-                        yield callee, int(trips[1]) if trips and role == "body" else 1
+                        yield callee, trips if role == "body" else 1
 
 
-def _found(lines: Iterable[str], times: int) -> Iterator[Collective]:
+def _trips(line: str, known: Mapping[str, list[str]]) -> int:
+    """Of a loop: as XLA has counted them, or by the number that its condition compares with; else 1."""
+    if counted := re.search(r'"known_trip_count":\{"n":"(\d+)"', line):
+        return int(counted[1])
+    condition = re.search(r"condition=%([\w.\-]+)", line)
+    text = "\n".join(known.get(condition[1], [])) if condition else ""
+    limits = re.findall(r" = s\d+\[\]\S* constant\((\d+)\)", text)
+    return int(limits[0]) if len(limits) == 1 and "direction=LT" in text else 1
+
+
+def _found(lines: Iterable[str], times: int) -> Iterator[tuple[str, Collective]]:
+    """The collectives in these lines, with the numbers of their channels ("" where they have none)."""
     kinds = "|".join(KINDS)
     for line in lines:
         if match := re.search(rf" = (.*?) ({kinds})(?:-start)?\(", line):
             shapes = tuple((d, _shape(sizes)) for d, sizes in re.findall(r"(\w+)\[([\d,]*)\]", match[1]))
-            name = re.search(r'op_name="([^"]*)"', line)
+            name, channel = re.search(r'op_name="([^"]*)"', line), re.search(r"channel_id=(\d+)", line)
             largest = max((_bytes(dtype, shape) for dtype, shape in shapes), default=0)
-            yield Collective(match[2], shapes, largest, times, name[1] if name else "")
+            yield channel[1] if channel else "", Collective(match[2], shapes, largest, times, name[1] if name else "")
 
 
 def _shape(sizes: str) -> Shape:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 from flax import nnx
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jpeft
@@ -179,9 +179,24 @@ def test_the_programs_text_is_read():
     assert "all-gather of f32[1, 8, 24] (768 bytes a device, 3 times) for jit(step)/dot" in str(inside)
 
 
+def test_an_asynchronous_one_counts_once_and_a_loop_by_its_condition():
+    condition = """
+%c (p: (f32[8,6], s32[])) -> pred[] {
+  %limit = s32[]{:T(128)} constant(5)
+  ROOT %lt = pred[] compare(%i, %limit), direction=LT
+}
+"""
+    text = PROGRAM.replace('backend_config={"known_trip_count":{"n":"3"}}', "metadata={}").replace(
+        "\nENTRY", condition + "\nENTRY"
+    )
+    done = text.replace("  %sum =", "  %again = f32[1,8,24] all-gather(%w), channel_id=1\n  %sum =")
+    assert [one.times for one in collectives(done)] == [5, 1]
+
+
 def test_a_base_that_moves_is_named():
     plain = PROGRAM.replace("all-gather(", "add(")
-    base = lambda *shape: {"kernel": jax.ShapeDtypeStruct(shape, jnp.float32)}
+    home = NamedSharding(AbstractMesh((2, 2), ("x", "y")), P())
+    base = lambda *shape: {"kernel": jax.ShapeDtypeStruct(shape, jnp.float32, sharding=home)}
     for shape in ((8, 24), (24, 8), (16, 24), (5, 8, 24), (8, 4, 24)):
         with pytest.raises(AssertionError, match=r"all-gather of f32\[1, 8, 24\]"):
             assert_base_stays(PROGRAM, plain, base(*shape))

@@ -20,7 +20,7 @@ from jax import Array
 
 from jpeft.errors import KernelError
 from jpeft.kernel import Kernel, to_matrix, wide
-from jpeft.method import Axes, Leaves, Meeting, Method, Weights
+from jpeft.method import Axes, Leaves, Meeting, Method, Weights, for_rows
 from jpeft.methods import lora
 from jpeft.site import Site
 
@@ -105,7 +105,7 @@ def _factored_gain(w: Weights, leaves: Leaves) -> Array:
 def product(x: Array, y: Array, w: Weights, leaves: Leaves, *, forward_mode: bool) -> Array:
     """y' = m / ‖V‖_c (y + s (x A) B)."""
     v = lora.product(x, wide(y), w, leaves, forward_mode=forward_mode)
-    return (v * _factored_gain(w, leaves)[..., None, :]).astype(y.dtype)
+    return (v * for_rows(_factored_gain(w, leaves), v)).astype(y.dtype)
 
 
 def lookup(meeting: Meeting, y: Array, w: Weights, leaves: Leaves) -> Array:

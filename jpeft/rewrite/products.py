@@ -18,7 +18,7 @@ from jax.extend.core import JaxprEqn, Primitive
 
 from jpeft.gates import aligned
 from jpeft.kernel import wide
-from jpeft.method import Meeting, Method, Weights
+from jpeft.method import Meeting, Method, Weights, for_rows
 from jpeft.methods import METHODS
 from jpeft.rewrite.explicit import ending_where
 from jpeft.rewrite.program import Program, Result, Use, bind
@@ -26,6 +26,7 @@ from jpeft.rewrite.rows import Dims, Roles, Rows
 from jpeft.rewrite.weight import Branch, Weight, fold_in, is_weight, over_keys
 from jpeft.together import summed
 from jpeft.view import covers, from_original
+from jpeft.whole import for_cpu
 
 Outs = Sequence[Any] | None
 Met = Sequence[tuple[Branch, Meeting]]
@@ -154,7 +155,7 @@ def _transposed(branch: Branch) -> Branch:
 
 def _product(summed: Summed, x: Array, base: Callable[[Array], Array], weight: Weight, dims: Dims) -> Array:
     """The methods' product on matrices, put back where the equation has its result."""
-    rows = Rows.of(x, weight, dims)
+    rows = Rows.of(x, weight, dims, join=for_cpu())  # whose library takes matrices alone
     branches = [_with_gates(branch, rows, weight.path) for branch in batched(weight, rows.batch_shape)]
     scales = [METHODS[b.method].scales(b.leaves) for b in branches if METHODS[b.method].scales]  # pyright: ignore
     matrix = rows.x_to_matrix(x)
@@ -167,16 +168,16 @@ def _product(summed: Summed, x: Array, base: Callable[[Array], Array], weight: W
 def _scaled(rows: Array, factors: Sequence[Array | None]) -> Array:
     """Rows (*batch, rows, n) times each of the factors (*batch, n)."""
     for factor in factors:
-        rows = rows if factor is None else (wide(rows) * wide(factor)[..., None, :]).astype(rows.dtype)
+        rows = rows if factor is None else (wide(rows) * for_rows(wide(factor), rows)).astype(rows.dtype)
     return rows
 
 
 def _with_gates(branch: Branch, rows: Rows, path: str) -> Branch:
-    """Gates join the leaves, (*batch, rows, K)."""
+    """Gates join the leaves, (*batch, *rows, K)."""
     if branch.gates is None:
         return branch
     gates = aligned(branch.gates, len(rows.batch_shape), rows.free_shape, path)
-    gates = gates.reshape(*rows.batch_shape, rows.rows, gates.shape[-1])
+    gates = gates.reshape(*rows.batch_shape, *rows.rows_shape, gates.shape[-1])
     return replace(branch, leaves=branch.leaves | {"gates": gates})
 
 
@@ -200,7 +201,7 @@ def _summed(
         assert method.product is not None
         y = method.product(seen, y, w, branch.leaves, forward_mode=forward_mode)
         bias = method.bias(branch.leaves)
-        return y if bias is None else y + bias[..., None, :].astype(y.dtype)
+        return y if bias is None else y + for_rows(bias, y).astype(y.dtype)
 
     acts = [(METHODS[branch.method], partial(act, branch)) for branch in branches]
     return summed(y, [(method, act) for method, act in acts if method.product is not None])

@@ -54,50 +54,58 @@ class Dims:
 class Rows:
     """The way from the equation's shapes to matrices and back."""
 
-    def __init__(self, batch: list[Atom], contracted: list[Atom], output: list[Atom], x: Array, dims: Dims):
+    def __init__(self, batch: list[Atom], contracted: list[Atom], output: list[Atom], x: Array, dims: Dims, join: bool):
         self.batch, self.contracted, self.output, self.dims = batch, contracted, output, dims
         self.x_shape = x.shape
         self.free_shape = tuple(x.shape[i] for i in dims.x_free)
-        self.rows = math.prod(self.free_shape)
+        # To join axes that are split over devices in different ways moves what they hold. Behind batch axes there is
+        # no product of matrices otherwise.
+        joined = join or dims.x_batch or not self.free_shape
+        self.rows_shape = (math.prod(self.free_shape),) if joined else self.free_shape
 
     @classmethod
-    def of(cls, x: Array, weight: Weight, dims: Dims) -> Rows:
-        """Of the product of `x` and a weight."""
+    def of(cls, x: Array, weight: Weight, dims: Dims, join: bool = True) -> Rows:
+        """Of the product of `x` and a weight; `join` makes one axis of all the rows'."""
         view = weight.view
-        return cls(view.atoms(dims.w_batch), view.atoms(dims.w_contract), view.atoms(dims.w_free), x, dims)
+        return cls(view.atoms(dims.w_batch), view.atoms(dims.w_contract), view.atoms(dims.w_free), x, dims, join)
 
     @property
     def batch_shape(self) -> tuple[int, ...]:
         """The shape of the product's batch dimensions."""
         return tuple(self.x_shape[i] for i in self.dims.x_batch)
 
+    @property
+    def lead(self) -> int:
+        """How many axes a matrix has in front of its features."""
+        return len(self.dims.x_batch) + len(self.rows_shape)
+
     def x_to_matrix(self, x: Array) -> Array:
-        """The input as (*batch, rows, in)."""
-        d, lead = self.dims, len(self.dims.x_batch)
+        """The input as (*batch, *rows, in)."""
+        d, lead = self.dims, self.lead
         x = x.transpose((*d.x_batch, *d.x_free, *d.x_contract))
-        x = x.reshape(*self.batch_shape, self.rows, *(atom.size for atom in self.contracted))
-        return to_original(x, lead + 1, self.contracted)
+        x = x.reshape(*self.batch_shape, *self.rows_shape, *(atom.size for atom in self.contracted))
+        return to_original(x, lead, self.contracted)
 
     def x_from_matrix(self, m: Array) -> Array:
         """The inverse of `x_to_matrix`."""
-        d, lead = self.dims, len(self.dims.x_batch)
+        d = self.dims
         order = (*d.x_batch, *d.x_free, *d.x_contract)
-        split = from_original(m, lead + 1, self.contracted).reshape(tuple(self.x_shape[i] for i in order))
+        split = from_original(m, self.lead, self.contracted).reshape(tuple(self.x_shape[i] for i in order))
         return split.transpose(tuple(order.index(i) for i in range(len(order))))
 
     def y_to_matrix(self, y: Array) -> Array:
-        """The result as (*batch, rows, out)."""
+        """The result as (*batch, *rows, out)."""
         lead, n_free = len(self.batch_shape), len(self.free_shape)
         if self.dims.weight_first:
             y = jnp.moveaxis(y, range(y.ndim - n_free, y.ndim), range(lead, lead + n_free))
         self.w_free_shape = y.shape[lead + n_free :]
-        y = y.reshape(*self.batch_shape, self.rows, *(atom.size for atom in self.output))
-        return to_original(y, lead + 1, self.output)
+        y = y.reshape(*self.batch_shape, *self.rows_shape, *(atom.size for atom in self.output))
+        return to_original(y, self.lead, self.output)
 
     def y_from_matrix(self, m: Array) -> Array:
         """The inverse of `y_to_matrix`, after it."""
         lead, n_free = len(self.batch_shape), len(self.free_shape)
-        y = from_original(m, lead + 1, self.output)
+        y = from_original(m, self.lead, self.output)
         y = y.reshape(*self.batch_shape, *self.free_shape, *self.w_free_shape)
         if self.dims.weight_first:
             y = jnp.moveaxis(y, range(lead, lead + n_free), range(y.ndim - n_free, y.ndim))
