@@ -3,34 +3,43 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-from dataclasses import asdict, fields
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from jpeft.adapter import Adapter, Meta, Part
 from jpeft.atomic import write_file
+from jpeft.digest import digest, fingerprint, sampled
 from jpeft.errors import AdapterError, JpeftError
 from jpeft.kernel import Kernel
 from jpeft.methods import METHODS, SPECS, lora
+from jpeft.safetensors_header import ADAPTER_HEADER_BYTES, open_safetensors, tensor_at
 from jpeft.site import Site
-from jpeft.spec import Spec
+from jpeft.strict_json import parse_json_object
+from jpeft.tree import flatten
+from jpeft.typed import from_json
 
-FORMAT = "jpeft-1"
+FORMAT, UNSIGNED = "jpeft-2", "jpeft-1"  # the second has no digest
+KINDS = ("product", "embedding", "conv", "replacement")
+KNOWN = {FORMAT: {"format", "meta", "digest", "base"}, UNSIGNED: {"format", "meta"}}
+MOST_MATRICES, MOST_ENTRIES, MOST_RANK = 1 << 20, 1 << 48, 1 << 20  # of one weight
 
 
-def save(path: str | os.PathLike[str], adapter: Adapter) -> None:
-    """Writes an adapter to one file, moved into place whole.
+def save(path: str | os.PathLike[str], adapter: Adapter, *, params: Any = None) -> None:
+    """Writes an adapter to one file, moved into place whole, with a digest of all that is in it.
 
     Args:
       path: the file, `*.safetensors` by custom.
       adapter: any adapter; its arrays are saved in their own dtypes, zero-sized ones too.
+      params: the base it is for, to write down its fingerprint, too: `load` with other params is an error then.
 
     Raises:
       AdapterError: an array is not finite.
@@ -50,70 +59,154 @@ def save(path: str | os.PathLike[str], adapter: Adapter) -> None:
         for leaf, array in leaves.items()
     }
     metadata = {"format": FORMAT, "meta": json.dumps(_meta_to_json(adapter.meta))}
+    if params is not None and (base := base_fingerprint(params, adapter)) is not None:
+        metadata["base"] = base
+    metadata["digest"] = digest(tensors, metadata)
     write_file(path, lambda file: save_file(tensors, file, metadata))
 
 
 def _finite(array: np.ndarray, where: str, leaf: str) -> np.ndarray:
-    if jnp.issubdtype(array.dtype, jnp.inexact) and not np.isfinite(array.astype(np.float32)).all():
+    if not is_finite(array):
         raise AdapterError(f"{leaf!r} of {where!r} holds values that are not finite; nothing was written")
     return np.asarray(array, order="C")  # not ascontiguousarray, which makes a vector of a scalar
 
 
-def load(path: str | os.PathLike[str]) -> Adapter:
-    """Reads an adapter that `save` wrote.
+def is_finite(array: np.ndarray) -> bool:
+    """Whether there is no infinity and no NaN in it."""
+    return not jnp.issubdtype(array.dtype, jnp.inexact) or bool(np.isfinite(array.astype(np.float32)).all())
+
+
+def load(path: str | os.PathLike[str], *, params: Any = None) -> Adapter:
+    """Reads an adapter that `save` wrote. The file may be a stranger's: nothing in it is believed unseen.
+
+    Args:
+      path: the file.
+      params: the base; where the file has a fingerprint of its own base, this one must have it, too.
 
     Raises:
-      AdapterError: the file is not one of these, or is broken; names what was found.
+      AdapterError: the file is not one of these, or is broken; names what was found. Or `params` are another base.
       OSError: there is no such file.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
-    try:
-        with safe_open(path, framework="flax") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                hint = "; a PEFT folder is read by jpeft_interop.load_peft(folder, params)"
-                raise AdapterError(f"{path}: expected format {FORMAT!r}, found {metadata.get('format')!r}{hint}")
-            meta = _meta_from_json(metadata.get("meta", ""), path)
-            parts: dict[str, Part] = {"trained": {}, "constant": {}}
-            for key in file.keys():  # noqa: SIM118  (a safe_open is not iterable)
-                _put(parts, key, jnp.asarray(file.get_tensor(key)), path)
-    except SafetensorError as error:
-        raise AdapterError(f"{path}: not a whole safetensors file ({error})") from error
-    adapter = Adapter(parts["trained"], parts["constant"], meta)
-    _check(adapter, path)
+    mapped, entries, metadata = open_safetensors(path, AdapterError, ADAPTER_HEADER_BYTES)
+    adapter = parse(str(path), {key: tensor_at(mapped, entry) for key, entry in entries.items()}, metadata)
+    if params is not None and "base" in metadata:
+        check_base(str(path), metadata["base"], base_fingerprint(params, adapter), "leave out params=")
     return adapter
 
 
-def _put(parts: dict[str, Part], key: str, array: Any, path: Path) -> None:
+def parse(path: str, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> Adapter:
+    """The adapter that a file's tensors and metadata are; `path` names it in errors.
+
+    Raises:
+      AdapterError: they are none.
+    """
+    form = metadata.get("format")
+    if form not in KNOWN:
+        hint = "; a PEFT folder is read by jpeft_interop.load_peft(folder, params)"
+        raise AdapterError(f"{path}: expected format {FORMAT!r}, found {form!r:.100}{hint}")
+    if unknown := set(metadata) - KNOWN[form]:
+        raise AdapterError(f"{path}: the metadata of a {form!r} has no {min(unknown)!r:.100}")
+    try:
+        meta = _meta_from_json(metadata.get("meta", ""), path)
+        parts: dict[str, Part] = {"trained": {}, "constant": {}}
+        for key, tensor in tensors.items():
+            _put(parts, key, tensor, path)
+        _check_finite(tensors, path)
+        if form == FORMAT:
+            _check_digest(path, tensors, metadata)
+        adapter = Adapter(parts["trained"], parts["constant"], meta)
+        _check(adapter, path)
+    except AdapterError:
+        raise
+    except (JpeftError, ArithmeticError, AssertionError, LookupError, TypeError, ValueError) as error:
+        raise AdapterError(f"{path}: {error!s:.500}") from error
+    return jax.tree.map(jnp.array, adapter)  # a copy: what happens to the file later can't reach it
+
+
+def _check_finite(tensors: Mapping[str, np.ndarray], path: str) -> None:
+    for key, tensor in tensors.items():
+        if not is_finite(tensor):
+            raise AdapterError(f"{path}: key {key!r:.200} holds values that are not finite")
+
+
+def _check_digest(path: str, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
+    described = {name: value for name, value in metadata.items() if name != "digest"}
+    if (found := digest(tensors, described)) != (expected := metadata.get("digest")):
+        raise AdapterError(f"{path}: the file has changed since it was written: digest {found}, expected {expected!r}")
+
+
+def check_base(path: str, expected: str, found: str | None, way_out: str) -> None:
+    """Raises AdapterError where the base at hand is not the one that the file was written for."""
+    if found is not None and found != expected:
+        raise AdapterError(
+            f"{path}: the adapter is for another base of the same shapes: expected the fingerprint {expected!r:.100}, "
+            f"found {found!r} in the params; to load it all the same, {way_out}"
+        )
+
+
+def base_fingerprint(params: Any, adapter: Adapter) -> str | None:
+    """Of the weights that an adapter acts on; None where not all of them are at hand."""
+    flat = flatten(params)
+    leaves: list[tuple[str, Any]] = [
+        (site.path, flat.get(site.path)) for site in adapter.sites if site.method != "replacement"
+    ]
+    if not leaves or not all(is_at_hand(leaf) for _, leaf in leaves):
+        return None
+    return fingerprint((path, leaf.shape, entries_of(leaf, sampled(leaf.size))) for path, leaf in leaves)
+
+
+def is_at_hand(leaf: Any) -> bool:
+    """Whether a leaf has values that this process can read."""
+    return isinstance(leaf, np.ndarray) or (isinstance(leaf, jax.Array) and leaf.is_fully_addressable)
+
+
+def entries_of(leaf: Any, where: np.ndarray) -> np.ndarray:
+    """Some entries, by their places in the flattened array; a device gives no more than these."""
+    at = np.unravel_index(where.astype(np.int64), leaf.shape)
+    on_cpu = isinstance(leaf, np.ndarray) or all(device.platform == "cpu" for device in leaf.devices())
+    return (np.asarray(leaf) if on_cpu else leaf)[at]
+
+
+def _put(parts: dict[str, Part], key: str, array: Any, path: str) -> None:
     part, _, rest = key.partition("|")
     where, _, leaf = rest.rpartition("|")
     if part not in parts or not leaf:
-        raise AdapterError(f"{path}: key {key!r} is not 'trained|path|leaf' or 'constant|path|leaf'")
+        raise AdapterError(f"{path}: key {key!r:.200} is not 'trained|path|leaf' or 'constant|path|leaf'")
+    if part == "trained" and not jnp.issubdtype(array.dtype, jnp.floating):
+        raise AdapterError(f"{path}: key {key!r:.200}: expected floats, found {array.dtype}")
     parts[part].setdefault(where, {})[leaf] = array
 
 
-def _check(adapter: Adapter, path: Path) -> None:
+def _check(adapter: Adapter, path: str) -> None:
     """Every site has the leaves that its method needs, in fitting shapes, and nothing is left over."""
     sites = {site.path: site for site in adapter.sites}
     for part in (adapter.trained, adapter.constant):
         for where in part:
             if where not in sites:
-                raise AdapterError(f"{path}: {where!r} has arrays but no entry in the metadata")
+                raise AdapterError(f"{path}: {where!r:.200} has arrays but no entry in the metadata")
+    for where in sites:
+        if where not in adapter.trained:
+            raise AdapterError(f"{path}: {where!r:.200} has an entry in the metadata but no arrays")
+    known: dict[Site, dict[str, tuple[int, ...]]] = {}  # most weights of a model have one of a few shapes
     for where, site in sites.items():
+        apart = site if site.method == "ia3" else replace(site, path="")
+        if apart not in known:
+            known[apart] = _shapes(adapter, site)
+        for leaf, shape in known[apart].items():
+            found = adapter.leaves(where).get(leaf)
+            if found is not None and found.shape != shape:
+                raise AdapterError(f"{path}: {leaf!r} of {where!r:.200}: expected shape {shape}, found {found.shape}")
+        _check_mask(adapter, site, path)
         try:
             METHODS[site.method].matrices(adapter.leaves(where), site.kernel)
         except (KeyError, TypeError) as error:
             raise AdapterError(f"{path}: {where!r} does not hold what {site.method!r} needs: {error}") from error
-        for leaf, shape in _shapes(adapter, site).items():
-            found = adapter.leaves(where).get(leaf)
-            if found is not None and found.shape != shape:
-                raise AdapterError(f"{path}: {leaf!r} of {where!r}: expected shape {shape}, found {found.shape}")
-        _check_mask(adapter, site, path)
 
 
-def _check_mask(adapter: Adapter, site: Site, path: Path) -> None:
+def _check_mask(adapter: Adapter, site: Site, path: str) -> None:
     leaves = adapter.leaves(site.path)
     if "mask" in leaves:
         allowed = lora.mask_shapes(site.kernel, site.rank) if "b" in leaves else [leaves["l"].shape]
@@ -133,29 +226,33 @@ def _meta_to_json(meta: Meta) -> dict[str, Any]:
     return {"method": meta.spec.method, "spec": asdict(meta.spec), "sites": [asdict(site) for site in meta.sites]}
 
 
-def _meta_from_json(text: str, path: Path) -> Meta:
-    try:
-        found = json.loads(text)
-        spec = _spec(found["method"], found["spec"])
-        sites = tuple(_site(site) for site in found["sites"])
-    except (ValueError, KeyError, TypeError) as error:
-        if isinstance(error, JpeftError):
-            raise
-        raise AdapterError(f"{path}: the metadata's 'meta' is not a spec with its sites: {error!r}") from error
+def _meta_from_json(text: str, path: str) -> Meta:
+    where = f"{path}: the metadata's 'meta'"
+    found = parse_json_object(text.encode(), where, AdapterError)
+    if set(found) != {"method", "spec", "sites"} or not isinstance(found["sites"], list):
+        raise AdapterError(f"{where}: expected a method, a spec and a list of sites, found {sorted(found)!s:.200}")
+    if not isinstance(method := found["method"], str) or method not in SPECS:
+        raise AdapterError(f"{where}: unknown method {method!r:.100}; this jpeft knows {', '.join(SPECS)}")
+    spec = from_json(SPECS[method], found["spec"], f"{where}: spec")
+    sites = tuple(_site(site, f"{where}: sites[{i}]") for i, site in enumerate(found["sites"]))
+    if len({site.path for site in sites}) != len(sites):
+        raise AdapterError(f"{where}: a path has two sites")
     return Meta(spec, sites)
 
 
-def _spec(method: str, found: dict[str, Any]) -> Spec:
-    if method not in SPECS:
-        raise AdapterError(f"unknown method {method!r}; this jpeft knows {', '.join(SPECS)}")
-    kind = SPECS[method]
-    return kind(**{field.name: _tuples(found[field.name]) for field in fields(kind) if field.name in found})
-
-
-def _site(found: dict[str, Any]) -> Site:
-    plain = {name: _tuples(value) for name, value in found.items() if name != "kernel"}
-    return Site(kernel=Kernel(**{name: _tuples(value) for name, value in found["kernel"].items()}), **plain)
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+def _site(found: Any, where: str) -> Site:
+    if not isinstance(found, dict) or "kernel" not in found:
+        raise AdapterError(f"{where}: expected an object with a kernel, found {found!r:.100}")
+    kernel = from_json(Kernel, found["kernel"], f"{where}: kernel")
+    plain = {name: value for name, value in found.items() if name != "kernel"}
+    site = from_json(Site, plain, where, kernel=kernel)
+    sizes, matrices = math.prod(kernel.shape), math.prod(kernel.batch_shape)
+    if min(kernel.shape, default=0) < 0 or sizes >= MOST_ENTRIES or matrices > MOST_MATRICES or len(kernel.shape) > 32:
+        raise AdapterError(f"{where}: expected the shape of a weight, found {kernel.shape!s:.200}")
+    if not 0 <= site.rank <= MOST_RANK or site.method not in METHODS or kernel.groups < 1:
+        raise AdapterError(f"{where}: no such rank ({site.rank}), method ({site.method!r:.50}) or groups")
+    if site.use not in (None, "lookup", "product") or kernel.kind not in KINDS:
+        raise AdapterError(f"{where}: no such use ({site.use!r:.50}) or kind ({kernel.kind!r:.50})")
+    if site.layers is not None and (kernel.stack is None or not set(site.layers) <= set(range(kernel.depth))):
+        raise AdapterError(f"{where}: layers {site.layers!s:.100} of {kernel.depth} that are stacked")
+    return site

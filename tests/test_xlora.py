@@ -492,9 +492,13 @@ def test_broken_folders(tmp_path):
     with pytest.raises(jpeft.AdapterError, match=r"expert 'layers' is missing; expected it in expert-1"):
         xlora.load(folder)
     (folder / "xlora.safetensors").write_bytes(whole[:-4])
-    with pytest.raises(jpeft.AdapterError, match="not a whole safetensors file"):
+    with pytest.raises(jpeft.AdapterError, match="truncated: expected"):
         xlora.load(folder)
-    (folder / "xlora.safetensors").write_bytes(whole.replace(b'\\"depth\\": 1', b'\\"depth\\": 2'))
+    deeper = whole.replace(b'\\"depth\\": 1', b'\\"depth\\": 2')
+    (folder / "xlora.safetensors").write_bytes(deeper)
+    with pytest.raises(jpeft.AdapterError, match="has changed since it was written"):
+        xlora.load(folder)
+    (folder / "xlora.safetensors").write_bytes(deeper.replace(b"jpeft-xlora-2", b"jpeft-xlora-1"))  # had no digest
     (folder / "expert-1.safetensors").write_bytes((folder / "expert-0.safetensors").read_bytes())
     with pytest.raises(jpeft.AdapterError, match=r"expected the tensors \['0/bias', '0/kernel', '1/bias'"):
         xlora.load(folder)

@@ -14,8 +14,8 @@ import numpy as np
 import jpeft
 from jpeft.errors import AdapterError
 from jpeft.methods import METHODS
+from jpeft.strict_json import read_json_object
 from jpeft.tree import dotted, module_of
-from jpeft_interop.json_file import read_json_object
 from jpeft_interop.load_peft import CONFIG, WEIGHTS, read_peft_config
 from jpeft_interop.peft_keys import KEYS, PREFIX, keys_of
 from jpeft_interop.peft_types import type_of

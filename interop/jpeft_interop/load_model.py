@@ -19,13 +19,13 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from jpeft.errors import WeightsError
+from jpeft.strict_json import read_json_object
 from jpeft.tree import flatten
 from jpeft_interop.abstract import abstract_model
 from jpeft_interop.arrays import is_finite, own
 from jpeft_interop.checkpoint import match, model_table
 from jpeft_interop.fit import some
 from jpeft_interop.gguf import convert_gguf, gguf_file
-from jpeft_interop.json_file import read_json_object
 from jpeft_interop.models import Output, build, family, pure
 from jpeft_interop.stacks import join_stacks
 from jpeft_interop.torch_table import TorchKey, nest, to_jax

@@ -18,11 +18,11 @@ from jpeft.kernel import Kernel, Kernels
 from jpeft.methods import METHODS
 from jpeft.site import Site
 from jpeft.spec import Spec
+from jpeft.strict_json import read_json_object
 from jpeft.targets import ALL_LINEAR, is_kept, names_module
 from jpeft.tree import flatten, nearest
 from jpeft_interop.ia3_keys import as_peft_reads
 from jpeft_interop.join import Joined, Piece
-from jpeft_interop.json_file import read_json_object
 from jpeft_interop.layout import Layout, Link, default_layout, find
 from jpeft_interop.lora_keys import Leaves
 from jpeft_interop.peft_config import PeftConfig, read_config

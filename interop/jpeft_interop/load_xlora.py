@@ -20,11 +20,11 @@ import numpy as np
 from jpeft.adapter import Adapter
 from jpeft.errors import AdapterError, SpecError
 from jpeft.site import Site
+from jpeft.strict_json import read_json_object
 from jpeft.tree import flatten
 from jpeft.xlora import Mixture, layers_of
 from jpeft.xlora.classifier import Dense
 from jpeft.xlora.mixture import check_experts
-from jpeft_interop.json_file import read_json_object
 from jpeft_interop.layout import Layout, default_layout
 from jpeft_interop.layout.factors import batch_index, is_adapted
 from jpeft_interop.load_peft import CONFIG, WEIGHTS, load_peft

@@ -14,50 +14,15 @@ import mmap
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from jpeft.errors import AdapterError, JpeftError, WeightsError
+from jpeft.safetensors_header import DTYPES, MAX_HEADER_BYTES, Entry, open_safetensors, tensor_at
 from jpeft_interop.arrays import host
 from jpeft_interop.blocks import Blocks, Piece, as_bytes, fill, run, synced_on_the_way
 from jpeft_interop.fit import ArraySpec
-from jpeft_interop.json_file import open_file, parse_json_object
-
-MAX_HEADER_BYTES = 100_000_000
-MAX_DIMENSIONS = 32
-DTYPES: Mapping[str, np.dtype] = {
-    "BOOL": np.dtype("bool"),
-    "U8": np.dtype("<u1"),
-    "I8": np.dtype("<i1"),
-    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
-    "F8_E4M3FNUZ": np.dtype(ml_dtypes.float8_e4m3fnuz),
-    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
-    "F8_E5M2FNUZ": np.dtype(ml_dtypes.float8_e5m2fnuz),
-    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
-    "U16": np.dtype("<u2"),
-    "I16": np.dtype("<i2"),
-    "F16": np.dtype("<f2"),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "U32": np.dtype("<u4"),
-    "I32": np.dtype("<i4"),
-    "F32": np.dtype("<f4"),
-    "U64": np.dtype("<u8"),
-    "I64": np.dtype("<i8"),
-    "F64": np.dtype("<f8"),
-    "C64": np.dtype("<c8"),
-}
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-
-
-class Entry(NamedTuple):
-    """Where a tensor lies: its dtype and shape, and the bytes of the file from `begin` up to `end`."""
-
-    dtype: np.dtype
-    shape: tuple[int, ...]
-    begin: int
-    end: int
 
 
 @dataclass(frozen=True)
@@ -81,10 +46,7 @@ class Tensors(Mapping[str, np.ndarray]):
         self._mapped = mapped
 
     def __getitem__(self, key: str) -> np.ndarray:
-        dtype, shape, begin, end = self._entries[key]
-        if begin == end:
-            return np.empty(shape, dtype)
-        return np.frombuffer(self._mapped, dtype, math.prod(shape), begin).reshape(shape)
+        return tensor_at(self._mapped, self._entries[key])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
@@ -113,88 +75,21 @@ class Tensors(Mapping[str, np.ndarray]):
 
 
 def read_safetensors(
-    path: str | os.PathLike[str], error: type[JpeftError] = AdapterError
+    path: str | os.PathLike[str], error: type[JpeftError] = AdapterError, header_bytes: int = MAX_HEADER_BYTES
 ) -> tuple[Tensors, dict[str, str]]:
     """The tensors of a safetensors file, and its metadata. The header is checked in full, the data is not touched.
 
     Args:
       path: an ordinary file.
       error: what to raise.
+      header_bytes: how long the header may be; an adapter's is shorter than a model's.
 
     Raises:
       JpeftError: of the type `error`; the file is truncated, too long, a pickle, or no safetensors. Names file, key,
         expected and found.
     """
-    if os.fspath(path).endswith(PICKLES):
-        raise error(
-            f"{path}: a pickle can run any code and is never read; convert it to safetensors where you trust it"
-        )
-    descriptor = open_file(path, error)
-    try:
-        size = os.fstat(descriptor).st_size
-        if size < 8:
-            raise error(f"{path}: truncated: expected at least 8 bytes, found {size}")
-        mapped = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
-    finally:
-        os.close(descriptor)
-    return _parse(str(path), mapped, error)
-
-
-def _parse(path: str, mapped: mmap.mmap, error: type[JpeftError]) -> tuple[Tensors, dict[str, str]]:
-    start, size = 8 + int.from_bytes(mapped[:8], "little"), len(mapped)
-    if start > size or start > MAX_HEADER_BYTES:
-        pickled = mapped[:4] == b"PK\3\4" or (mapped[:1] == b"\x80" and mapped[1] < 6)
-        what = "a pickle, which is never read" if pickled else "truncated, or no safetensors"
-        most = min(size, MAX_HEADER_BYTES)
-        raise error(f"{path}: {what}: expected the header to end by byte {most}, found {start}")
-    header = parse_json_object(mapped[8:start], f"{path}: the header", error)
-    metadata = _metadata(header.pop("__metadata__", {}), path, error)
-    entries = {key: _entry(key, value, start, path, error) for key, value in header.items()}
-    entries = dict(sorted(entries.items(), key=lambda item: item[1].begin))
-    _require_gapless(entries, start, size, path, error)
-    return Tensors(path, entries, mapped), metadata
-
-
-def _metadata(value: Any, path: str, error: type[JpeftError]) -> dict[str, str]:
-    if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
-        raise error(f"{path}: the header's '__metadata__': expected an object of strings, found {value!r:.200}")
-    return value
-
-
-def _entry(key: str, value: Any, start: int, path: str, error: type[JpeftError]) -> Entry:
-    where = f"{path}: the header's entry {key!r}"
-    if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
-        raise error(f"{where}: expected an object with dtype, shape and data_offsets, found {value!r:.200}")
-    name, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
-    if not isinstance(name, str) or name not in DTYPES:
-        raise error(f"{where}: the dtype {name!r:.50} is not known; those are: {', '.join(DTYPES)}")
-    if not _are_sizes(shape) or len(shape) > MAX_DIMENSIONS or math.prod(size or 1 for size in shape) >= 2**59:
-        raise error(f"{where}: expected a list of at most {MAX_DIMENSIONS} sizes, found {shape!r:.200}")
-    if not _are_sizes(offsets) or len(offsets) != 2:
-        raise error(f"{where}: expected two data_offsets, found {offsets!r:.200}")
-    needed, (begin, end) = math.prod(shape) * DTYPES[name].itemsize, offsets
-    if end - begin != needed:
-        raise error(
-            f"{where}: a {name} of shape {shape} has {needed} bytes, but data_offsets {offsets} span {end - begin}"
-        )
-    return Entry(DTYPES[name], tuple(shape), start + begin, start + end)
-
-
-def _are_sizes(value: Any) -> bool:
-    return isinstance(value, list) and all(type(size) is int and size >= 0 for size in value)
-
-
-def _require_gapless(entries: Mapping[str, Entry], start: int, size: int, path: str, error: type[JpeftError]) -> None:
-    """The tensors fill the data exactly: no hole, no overlap, nothing missing and nothing after."""
-    position = start
-    for key, entry in entries.items():
-        if entry.begin != position:
-            what = "overlaps the one before" if entry.begin < position else "leaves a hole before it"
-            raise error(f"{path}: {key!r} {what}: expected it at byte {position - start}, found {entry.begin - start}")
-        position = entry.end
-    if position != size:
-        what = "truncated" if position > size else "bytes after the last tensor"
-        raise error(f"{path}: {what}: expected {position} bytes in all, found {size}")
+    mapped, entries, metadata = open_safetensors(path, error, header_bytes)
+    return Tensors(str(path), entries, mapped), metadata
 
 
 def write_safetensors(

@@ -15,11 +15,12 @@ from typing import Any, Protocol
 import numpy as np
 
 from jpeft.errors import WeightsError
+from jpeft.safetensors_header import PICKLES
+from jpeft.strict_json import is_plain_name
+from jpeft.strict_json import read_json_object as read_json_object
 from jpeft_interop.fit import ArraySpec, some
-from jpeft_interop.json_file import is_plain_name
-from jpeft_interop.json_file import read_json_object as read_json_object
-from jpeft_interop.safetensors_file import PICKLES, nbytes, write_safetensors
 from jpeft_interop.safetensors_file import LazyArray as LazyArray
+from jpeft_interop.safetensors_file import nbytes, write_safetensors
 from jpeft_interop.safetensors_file import read_safetensors as read_safetensors
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -9,24 +9,28 @@ from __future__ import annotations
 import json
 import os
 import re
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from jpeft.atomic import write_folder
-from jpeft.errors import AdapterError, JpeftError
+from jpeft.digest import digest
+from jpeft.errors import AdapterError, SpecError
+from jpeft.safetensors_header import ADAPTER_HEADER_BYTES, open_safetensors, tensor_at
+from jpeft.save import is_finite
 from jpeft.save import load as load_adapter
 from jpeft.save import save as save_adapter
+from jpeft.strict_json import parse_json_object
+from jpeft.typed import from_json, is_of
 from jpeft.xlora.classifier import Classifier
 from jpeft.xlora.mixture import Mixture, check_experts, outputs_of
 from jpeft.xlora.spec import XLoRA
 
-FORMAT, MAIN = "jpeft-xlora-1", "xlora.safetensors"
+FORMAT, UNSIGNED, MAIN = "jpeft-xlora-2", "jpeft-xlora-1", "xlora.safetensors"  # the second has no digest
 EXPERT = re.compile(r"expert-\d+\.safetensors")
 
 
@@ -46,6 +50,7 @@ def save(folder: str | os.PathLike[str], mixture: Mixture) -> None:
         if not np.isfinite(tensor.astype(np.float32)).all():
             raise AdapterError(f"{key!r} of the classifier holds values that are not finite; nothing was written")
     metadata = {"format": FORMAT, "spec": json.dumps(asdict(mixture.spec)), "names": json.dumps(mixture.names)}
+    metadata["digest"] = digest(tensors, metadata)
 
     def fill(new: Path) -> None:
         save_file({key: np.ascontiguousarray(tensor) for key, tensor in tensors.items()}, new / MAIN, metadata)
@@ -64,12 +69,11 @@ def load(folder: str | os.PathLike[str]) -> Mixture:
     folder = Path(folder)
     if not (folder / MAIN).is_file():
         raise AdapterError(f"{folder}: no {MAIN} there; expected a folder that jpeft.xlora.save wrote{_hint(folder)}")
-    try:
-        with safe_open(folder / MAIN, framework="flax") as file:
-            spec, names = _described(file.metadata() or {}, folder / MAIN)
-            tensors = {key: jnp.asarray(file.get_tensor(key)) for key in file.keys()}  # noqa: SIM118  (no iterable)
-    except SafetensorError as error:
-        raise AdapterError(f"{folder / MAIN}: not a whole safetensors file ({error})") from error
+    mapped, entries, metadata = open_safetensors(folder / MAIN, AdapterError, ADAPTER_HEADER_BYTES)
+    spec, names = _described(metadata, folder / MAIN)
+    found = {key: tensor_at(mapped, entry) for key, entry in entries.items()}
+    _check_tensors(found, metadata, folder / MAIN)
+    tensors = {key: jnp.array(tensor) for key, tensor in found.items()}
     for k, name in enumerate(names):
         if not _expert(folder, k).is_file():
             raise AdapterError(f"{folder}: expert {name!r} is missing; expected it in {_expert(folder, k).name}")
@@ -88,21 +92,29 @@ def _hint(folder: Path) -> str:
 
 
 def _described(metadata: dict[str, str], file: Path) -> tuple[XLoRA, tuple[str, ...]]:
-    if metadata.get("format") != FORMAT:
-        raise AdapterError(f"{file}: expected format {FORMAT!r}, found {metadata.get('format')!r}")
+    if metadata.get("format") not in (FORMAT, UNSIGNED):
+        raise AdapterError(f"{file}: expected format {FORMAT!r}, found {metadata.get('format')!r:.100}")
+    found = parse_json_object(metadata.get("spec", "").encode(), f"{file}: the metadata's 'spec'", AdapterError)
+    text = metadata.get("names", "")
+    names = parse_json_object(f'{{"names": {text}}}'.encode(), f"{file}: the metadata's 'names'", AdapterError)["names"]
+    if not is_of(names, list[str]):
+        raise AdapterError(f"{file}: the metadata's 'names': expected a list of strings, found {names!r:.200}")
     try:
-        found, names = json.loads(metadata["spec"]), json.loads(metadata["names"])
-        spec = XLoRA(**{field.name: found[field.name] for field in fields(XLoRA) if field.name in found})
-        if unknown := set(found) - {field.name for field in fields(XLoRA)}:
-            raise ValueError(f"unknown options {sorted(unknown)}")
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise ValueError(f"names {names!r:.200}")
-    except (ValueError, KeyError, TypeError) as error:
-        reason = error if isinstance(error, JpeftError) else repr(error)
-        raise AdapterError(f"{file}: the metadata is not a spec with names: {reason}") from error
+        spec = from_json(XLoRA, found, f"{file}: the metadata's 'spec'")
+    except SpecError as error:
+        raise AdapterError(f"{file}: the metadata is not a spec with names: {error}") from error
     if len(set(names)) != len(names):
         raise AdapterError(f"{file}: an expert's name stands there twice: {names}")
     return spec, tuple(names)
+
+
+def _check_tensors(tensors: dict[str, np.ndarray], metadata: dict[str, str], file: Path) -> None:
+    for key, tensor in tensors.items():
+        if not jnp.issubdtype(tensor.dtype, jnp.floating) or not is_finite(tensor):
+            raise AdapterError(f"{file}: {key!r:.100}: expected floats, all of them finite")
+    described = {name: value for name, value in metadata.items() if name != "digest"}
+    if metadata["format"] == FORMAT and digest(tensors, described) != metadata.get("digest"):
+        raise AdapterError(f"{file}: the file has changed since it was written: its digest is another")
 
 
 def _classifier(tensors: dict[str, Any], spec: XLoRA, outputs: tuple[int, ...], file: Path) -> Classifier:

@@ -132,7 +132,7 @@ def _require_language_model(config: dict[str, Any], folder: Path) -> None:
 def _ends(folder: Path, config: dict[str, Any], tokenizer: Tokenizer) -> Sequence[int]:
     """The tokens that end a text: those of generation_config.json, else of config.json, else the tokenizer's."""
     from jpeft.errors import WeightsError
-    from jpeft_interop.json_file import read_json_object
+    from jpeft.strict_json import read_json_object
 
     file = folder / "generation_config.json"
     told = read_json_object(file, WeightsError).get("eos_token_id") if file.exists() else None

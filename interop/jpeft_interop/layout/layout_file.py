@@ -19,7 +19,7 @@ from typing import Any, get_args
 
 from jpeft.atomic import write_file
 from jpeft.errors import WeightsError
-from jpeft_interop.json_file import read_json_object
+from jpeft.strict_json import read_json_object
 from jpeft_interop.layout.layout import Layout
 from jpeft_interop.layout.link import Kind
 from jpeft_interop.layout.place import Place, Tensor

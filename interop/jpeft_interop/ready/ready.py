@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from jpeft.errors import WeightsError
+from jpeft.strict_json import read_json_object
 from jpeft.tree import flatten, nearest
-from jpeft_interop.json_file import read_json_object
 from jpeft_interop.layout import Layout
 from jpeft_interop.ready import gemma, maxtext, transformers4, tunix
 from jpeft_interop.ready.match import Matched, match, matching

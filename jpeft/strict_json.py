@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 import stat
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from jpeft.errors import AdapterError, JpeftError
 
-MAX_JSON_BYTES = 100_000_000
+MAX_JSON_BYTES, MAX_DEPTH = 100_000_000, 100
+# an open string goes on to the end: if it did not match, each quote in it would be tried anew
+STRINGS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?\Z)', re.DOTALL)
+NO_BRACKETS = re.compile(rb"[^][{}]+")
 NOT_FILES = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a pipe",
@@ -42,19 +49,56 @@ def read_json_object(
     return parse_json_object(data, str(path), error)
 
 
-def parse_json_object(data: bytes, where: str, error: type[JpeftError]) -> dict[str, Any]:
-    """The object that `data` is the JSON of; `where` names it in errors, which are of the type `error`."""
+def parse_json_object(
+    data: bytes, where: str, error: type[JpeftError], depth: int = MAX_DEPTH, floats: bool = True
+) -> dict[str, Any]:
+    """The object that `data` is the JSON of; `where` names it in errors, which are of the type `error`.
+
+    Args:
+      data: UTF-8, without a byte order mark.
+      where: the file, or the part of it.
+      error: what to raise.
+      depth: how deep lists and objects may lie in each other. Seen before anything is parsed: the parser recurses.
+      floats: False where no number with a point or an exponent has a place.
+    """
+    if data.startswith(b"\xef\xbb\xbf"):
+        raise error(f"{where}: expected JSON, found a byte order mark before it")
+    if _depth(data, depth) > depth:
+        raise error(f"{where}: the JSON is nested too deeply: expected at most {depth} levels")
+    number = _finite if floats else _no_float
     try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=_without_duplicates, parse_constant=_refuse)
+        text = data.decode("utf-8")
+        value = json.loads(text, object_pairs_hook=_without_duplicates, parse_constant=_refuse, parse_float=number)
+        if "\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeDecodeError as reason:
         raise error(f"{where}: expected UTF-8, found the byte {data[reason.start]:#04x} at {reason.start}") from None
-    except RecursionError:
-        raise error(f"{where}: the JSON is nested too deeply") from None
-    except ValueError as reason:
-        raise error(f"{where}: not valid JSON: {reason}") from None
+    except UnicodeEncodeError:
+        raise error(f"{where}: expected text, found half of a surrogate pair") from None
+    except (ValueError, RecursionError) as reason:
+        raise error(f"{where}: not valid JSON: {reason!s:.200}") from None
     if not isinstance(value, dict):
         raise error(f"{where}: expected a JSON object, found {_json_kind(value)}")
     return value
+
+
+def _depth(data: bytes, enough: int) -> int:
+    """How deep it goes; 0 where it can't go deeper than `enough`."""
+    if data.count(b"[") + data.count(b"{") <= enough:
+        return 0
+    marks = np.frombuffer(NO_BRACKETS.sub(b"", STRINGS.sub(b"", data)), np.uint8)
+    steps = np.where((marks == ord("[")) | (marks == ord("{")), 1, -1).astype(np.int8)
+    return int(np.cumsum(steps, dtype=np.int32).max(initial=0))
+
+
+def _finite(number: str) -> float:
+    if not math.isfinite(value := float(number)):
+        raise ValueError(f"{number:.50} is more than a number can be")
+    return value
+
+
+def _no_float(number: str) -> float:
+    raise ValueError(f"{number:.50} is no integer")
 
 
 def open_file(path: str | os.PathLike[str], error: type[JpeftError] = AdapterError) -> int:
@@ -97,7 +141,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
-            raise ValueError(f"the key {key!r} stands there twice")
+            raise ValueError(f"the key {key!r:.100} stands there twice")
         found[key] = value
     return found
 
