@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 PYTHON ?= $(shell for python in python3 python3.11 python3.12 python3.13 python3.14; do \
   $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
 WORKERS ?= 2
-BENCHMARKS ?= $(shell grep -l '^if __name__' benchmarks/*.py)
+BENCHMARKS ?= $(filter-out benchmarks/pods.py,$(shell grep -l '^if __name__' benchmarks/*.py))
 PEERS := .venv-peers
 RELIABILITY ?= $(basename $(notdir $(shell grep -l '^if __name__' reliability/*.py)))
 

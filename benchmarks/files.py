@@ -1,6 +1,6 @@
 """How fast are models and adapters read and written, against `cp -r` of the same folder?
 
-    python benchmarks/files.py [--rounds 3] [--layers 9] [--dtype bfloat16] [--rank 160]
+    python benchmarks/files.py [--rounds 2] [--layers 9] [--dtype bfloat16] [--rank 160]
 
 A Llama of random weights (d = 2048, 9 layers: 1 GB in bf16) and SmolLM2 (0.5 GB in fp32) are copied, and merged with an
 adapter of rank 8 on every kernel; SmolLM2 is loaded and exported, and an adapter of some 200 MB saved and loaded. All
@@ -166,7 +166,7 @@ def measured(rows: Rows, rounds: int, out: Path) -> list[list[str]]:
 def main() -> None:
     """Prints one table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument(
         "--layers", type=int, default=9, help="of the Llama; 88 MB each in bf16, and 262 MB for the rest"
     )

@@ -1,6 +1,6 @@
 """How does the cost of a LoRA step grow with rank, tokens, layers, adapters and targets?
 
-    python benchmarks/growth.py [--rounds 3] [--questions rank tokens layers adapters targets] [--folder benchmarks]
+    python benchmarks/growth.py [--rounds 1] [--questions rank tokens layers adapters targets] [--folder benchmarks]
 
 A small Linen Llama (d = 256; one question's size is varied, the others stay at 4 layers, 512 tokens, rank 8, the
 layers' seven kernels), every step over its own floor, timed in turns with it. Several adapters are trained by one batch
@@ -141,7 +141,7 @@ def lines(question: str, found: Mapping[Any, tuple[Measured, Measured]]) -> list
 def main() -> None:
     """Prints one table and a sentence for each question, and draws a picture of each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--questions", nargs="*", choices=QUESTIONS, default=list(QUESTIONS))
     parser.add_argument("--folder", type=Path, default=Path(__file__).parent)
     options = parser.parse_args()

@@ -1,6 +1,6 @@
 """What does a LoRA training step of jpeft's own models cost, against PEFT's on torch?
 
-    python benchmarks/models.py [--rounds 5] [--models llama bert]
+    python benchmarks/models.py [--rounds 2] [--models llama bert]
 
 SmolLM2-135M, 4 x 128 tokens, and MiniLM with a classifier on top, 16 x 128 tokens; real weights, fp32, rank 8 on every
 linear layer but the head, AdamW. A step is forward, backward and update. Each row is a process of its own, so that two
@@ -32,7 +32,7 @@ ROWS = {"PEFT, eager": "eager", "PEFT, sdpa": "sdpa", "jpeft": "jpeft"}
 def main() -> None:
     """One table, or one row of it, on demand of standard input."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--models", nargs="*", default=list(SHAPES), choices=SHAPES)
     parser.add_argument("--row", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -1,6 +1,6 @@
 """What does a training step with an adapter cost, over the frozen model's own?
 
-    python benchmarks/step.py [--ranks 8 64] [--rounds 7] [--rows lora dora ...] [--layers 8]
+    python benchmarks/step.py [--ranks 8 64] [--rounds 4] [--rows lora dora ...] [--layers 8]
 
 The floor is the frozen base: forward, and backward through the activations only. All rows of a rank are compiled by one
 process and timed in turns; ratios are to the floor of the same round, their median and their 10th to 90th percentile.
@@ -107,7 +107,7 @@ def main() -> None:
     """Prints a table for each rank."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="*", default=[8, 64])
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--rows", nargs="*", choices=[*ROWS, *OTHERS], default=ROWS, help="beside the floor")
     options = parser.parse_args()
