@@ -15,7 +15,8 @@ from jax.sharding import PartitionSpec as P
 import jpeft
 from jpeft.testing import assert_base_stays, collectives
 
-D, FF, HEADS, LAYERS, ROWS, TOKENS, RANK = 104, 176, 8, 3, 16, 6, 5
+# Seven tokens and rank five: no part of a weight has such sizes, so what moves is told apart by its shape.
+D, FF, HEADS, LAYERS, ROWS, TOKENS, RANK = 104, 176, 8, 3, 16, 7, 5
 MESHES = {"8x1": (8, 1), "1x8": (1, 8), "2x4": (2, 4)}
 # Megatron's split along `tensor`, and the other axis along `fsdp`.
 SPLIT = {
