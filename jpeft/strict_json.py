@@ -28,7 +28,10 @@ NOT_FILES = {
 
 
 def read_json_object(
-    path: str | os.PathLike[str], error: type[JpeftError] = AdapterError, limit: int = MAX_JSON_BYTES
+    path: str | os.PathLike[str],
+    error: type[JpeftError] = AdapterError,
+    limit: int = MAX_JSON_BYTES,
+    depth: int = MAX_DEPTH,
 ) -> dict[str, Any]:
     """The object in a JSON file.
 
@@ -36,6 +39,7 @@ def read_json_object(
       path: an ordinary file.
       error: what to raise.
       limit: the most bytes the file may have.
+      depth: how deep lists and objects may lie in each other.
 
     Raises:
       JpeftError: of the type `error`; the file is missing or no ordinary file, too large, not UTF-8, not JSON (NaN and
@@ -46,7 +50,7 @@ def read_json_object(
         data = file.read(limit + 1)
     if len(data) > limit:
         raise error(f"{path}: expected at most {limit} bytes of JSON, found more")
-    return parse_json_object(data, str(path), error)
+    return parse_json_object(data, str(path), error, depth)
 
 
 def parse_json_object(

@@ -68,8 +68,8 @@ def pattern_value(patterns: Patterns[V], names: Sequence[str], default: V) -> V:
     Raises:
       SpecError: one of the patterns is no regex that is taken here, or there are too many of them.
     """
-    pairs = frozen_mapping(patterns)
-    known = _sorted_patterns(tuple(pattern for pattern, _ in pairs))
+    pairs = patterns if isinstance(patterns, tuple) else frozen_mapping(patterns)
+    known = _sorted_patterns(_Same(pairs))
     found = min((known.first(dotted(name)) for name in names), default=len(pairs))
     return pairs[found][1] if found < len(pairs) else default
 
@@ -96,11 +96,25 @@ class _Patterns:
         return next((at for at, regex in self.regexes if at < best and _ends_in(regex, name)), best)
 
 
-@lru_cache(256)
-def _sorted_patterns(patterns: tuple[str, ...]) -> _Patterns:
+class _Same:
+    """A tuple that stands in a cache as itself: to hash a hundred thousand names on each call would be the work."""
+
+    def __init__(self, items: tuple[Any, ...]):
+        self.items = items
+
+    def __hash__(self) -> int:
+        return id(self.items)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.items is other.items
+
+
+@lru_cache(64)
+def _sorted_patterns(pairs: _Same) -> _Patterns:
     fixed: dict[int, dict[tuple[int, ...], dict[str, int]]] = {}
     regexes: list[tuple[int, str]] = []
-    for at, pattern in enumerate(map(dotted, patterns)):
+    for at, (pattern, _) in enumerate(pairs.items):
+        pattern = dotted(pattern)
         if FIXED.fullmatch(pattern) is None:
             regexes.append((at, pattern))
             continue
@@ -115,7 +129,7 @@ def _sorted_patterns(patterns: tuple[str, ...]) -> _Patterns:
         )
     for _, regex in regexes:
         parsed(regex)
-    return _Patterns(fixed, tuple(regexes), len(patterns))
+    return _Patterns(fixed, tuple(regexes), len(pairs.items))
 
 
 def _blanked(name: str, where: tuple[int, ...]) -> str:
@@ -134,13 +148,13 @@ def names_module(names: str | tuple[str, ...], module: str) -> bool:
     name = dotted(module)
     if isinstance(names, str):
         return matches(names, name)
-    known = _dotted_names(names)
+    known = _dotted_names(_Same(names))
     return any(name[begin:] in known for begin in _parts_begin(name))
 
 
-@lru_cache(256)
-def _dotted_names(names: tuple[str, ...]) -> frozenset[str]:
-    return frozenset(map(dotted, names))
+@lru_cache(64)
+def _dotted_names(names: _Same) -> frozenset[str]:
+    return frozenset(map(dotted, names.items))
 
 
 def names_weight(names: str | tuple[str, ...], path: str) -> bool:
@@ -153,7 +167,7 @@ def names_weight(names: str | tuple[str, ...], path: str) -> bool:
 
 def saves_module(saved: Sequence[str], module: str) -> bool:
     """Whether a module (or leaf) lies in one of those saved whole (a name of its path, or anything below it)."""
-    parts, known = dotted(module).split("."), _dotted_names(tuple(saved))
+    parts, known = dotted(module).split("."), _dotted_names(_Same(tuple(saved)))
     last = range(1, len(parts) + 1)
     return bool(known) and any(".".join(parts[begin:end]) in known for end in last for begin in range(end))
 
@@ -210,7 +224,7 @@ def is_kept(where: Targets, path: str, kernel: Kernel) -> bool:
     if names_weight(where.exclude, path) or saves_module(where.saved, path):
         return False
     # A module named by its whole path is meant, whatever its layer: so PEFT has it.
-    named_whole = not isinstance(where.targets, str) and dotted(module) in map(dotted, where.targets)
+    named_whole = not isinstance(where.targets, str) and dotted(module) in _dotted_names(_Same(where.targets))
     return where.layers is None or named_whole or _in_layers(where.layers, where.layers_pattern, module, kernel)
 
 

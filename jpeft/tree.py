@@ -148,6 +148,9 @@ def dotted(path: str) -> str:
     return path.replace("/", ".")
 
 
+LONGEST = 200  # characters of a name that are compared: to compare more takes time by the square
+
+
 def nearest(name: str, known: Iterable[str], n: int = 3) -> str:
     """The known names closest to `name`, for an error message.
 
@@ -159,7 +162,7 @@ def nearest(name: str, known: Iterable[str], n: int = 3) -> str:
     """
     known = list(dict.fromkeys(known))
     parts = lambda path: path.replace("/", ".").split(".")
-    wanted = parts(name)
+    wanted = parts(name[-LONGEST:])
     by_tail = {".".join(parts(path)[-len(wanted) :]): path for path in reversed(known)}
     close = difflib.get_close_matches(".".join(wanted), by_tail, n=n, cutoff=0.3)
     shown = [by_tail[tail] for tail in close] or known[:n]

@@ -101,13 +101,12 @@ def test_what_is_not_taken_is_refused_with_the_reason(regex, word):
 )
 def test_catastrophes_end_at_once(regex):
     start = time.process_time()
-    for n in range(200):
+    for n in range(10):
         try:
             assert not matches(regex, "a" * 60 + f"{n}!")
         except RegexError as error:
             assert "steps" in str(error)
-            break
-    assert time.process_time() - start < 1.0
+    assert time.process_time() - start < 10.0  # it takes milliseconds, and years where it backtracks
 
 
 def test_a_spec_with_a_regex_that_is_none():
@@ -139,15 +138,33 @@ def test_the_first_pattern_that_matches_counts():
     assert [pattern_value(patterns, [name], 9) for name in NAMES] == [2, 1, 9, 9]
 
 
-def test_hundred_thousand_names_are_no_work():
-    names = [f"layers.{n}.q_proj" for n in range(30_000)]
-    start = time.process_time()
-    for n in range(500):
-        assert names_module(tuple(names), f"model.layers.{n}.q_proj")
-        assert saves_module(names, f"model.layers.{n}.q_proj.inner")
+class Counting(str):
+    """A name that counts how often it is looked at, to be hashed, compared or changed."""
+
+    looks = 0
+
+    def __hash__(self):
+        Counting.looks += 1
+        return super().__hash__()
+
+    def __eq__(self, other):
+        Counting.looks += 1
+        return super().__eq__(other)
+
+    def replace(self, *args):
+        Counting.looks += 1
+        return super().replace(*args)
+
+
+def test_thirty_thousand_names_are_looked_at_once():
+    names = tuple(Counting(f"layers.{n}.q_proj") for n in range(30_000))
     pairs = tuple((name, n) for n, name in enumerate(names))
-    assert [pattern_value(pairs, [f"model.layers.{n}.q_proj"], -1) for n in range(200)] == list(range(200))
-    assert time.process_time() - start < 5.0
+    Counting.looks = 0
+    for n in range(500):
+        assert names_module(names, f"model.layers.{n}.q_proj")
+        assert saves_module(names, f"model.layers.{n}.q_proj.inner")
+        assert pattern_value(pairs, [f"model.layers.{n}.q_proj"], -1) == n
+    assert Counting.looks <= 3 * len(names)
 
 
 def test_layer_numbers_behind_patterns():

@@ -1,7 +1,8 @@
 """Several adapters of one base in one folder, as PEFT keeps them: `default` at the root, each other in its own.
 
 A name is the name of a folder and a key of a dict; it is no part of any tensor's name, so no name can change what
-another adapter's file holds.
+another adapter's file holds. Names are letters, digits, `_` and `-`, at most 64 of them; a folder of others with
+another name is refused, and not passed over.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ from typing import Any
 import jpeft
 from jpeft.atomic import write_folder
 from jpeft.errors import AdapterError
+from jpeft_interop.adapter_files import NAME, adapter_file
 from jpeft_interop.layout import Layout
 from jpeft_interop.load_peft import CONFIG, load_peft
 from jpeft_interop.save_peft import OTHERS, save_peft
 
 DEFAULT = "default"
-LONGEST = 200  # bytes of a name: file systems take 255, and a write needs some beside it
+EXPECTED = f"expected {NAME.pattern}"
 
 
 def save_adapters(
@@ -68,22 +70,22 @@ def load_adapters(
       AdapterError: there are none, or what `load_peft` raises.
     """
     folder = Path(folder)
-    places = {DEFAULT: folder} if (folder / CONFIG).is_file() else {}
-    places |= {one.name: one for one in sorted(folder.iterdir()) if (one / CONFIG).is_file()}
+    try:
+        below = sorted(one for one in folder.iterdir() if one.is_dir() and os.path.lexists(one / CONFIG))
+    except OSError as error:
+        raise AdapterError(f"{folder}: can't be read: {error.strerror}") from None
+    for one in below:
+        if NAME.fullmatch(one.name) is None:
+            raise AdapterError(f"{folder}: {one.name!r:.200} is no adapter's name: {EXPECTED}; rename the folder")
+    places = {DEFAULT: folder} if os.path.lexists(folder / CONFIG) else {}
+    if places and any(one.name == DEFAULT for one in below):
+        raise AdapterError(f"{folder}: holds {DEFAULT!r} twice: at the root, and in the folder of that name")
+    places |= {one.name: adapter_file(folder, one.name) for one in below}
     if not places:
         raise AdapterError(f"{folder}: no {CONFIG} there, nor in a folder below")
     return {name: load_peft(place, params, layout=layout) for name, place in places.items()}
 
 
 def _check_name(name: str) -> None:
-    why = None
-    if not name or name in (".", "..") or name.startswith("."):
-        why = "it is empty or begins with a dot, which hides a folder"
-    elif any(mark in name for mark in ("/", "\\", "\0")):
-        why = "it holds a separator of paths"
-    elif name in (CONFIG, "adapter_model.safetensors", *OTHERS):
-        why = "that is a file of an adapter"
-    elif len(os.fsencode(name)) > LONGEST:
-        why = f"it is longer than {LONGEST} bytes"
-    if why is not None:
-        raise AdapterError(f"an adapter can't be saved under the name {name!r}: {why}; nothing was written")
+    if NAME.fullmatch(name) is None:
+        raise AdapterError(f"an adapter can't be saved under the name {name!r:.200}: {EXPECTED}; nothing was written")

@@ -14,11 +14,13 @@ import numpy as np
 import jpeft
 from jpeft.errors import AdapterError
 from jpeft.methods import METHODS
-from jpeft.strict_json import read_json_object
+from jpeft.safetensors_header import ADAPTER_HEADER_BYTES
 from jpeft.tree import dotted, module_of
-from jpeft_interop.load_peft import CONFIG, WEIGHTS, read_peft_config
+from jpeft_interop.adapter_files import adapter_file
+from jpeft_interop.load_peft import WEIGHTS, read_peft_config
 from jpeft_interop.peft_keys import KEYS, PREFIX, keys_of
 from jpeft_interop.peft_types import type_of
+from jpeft_interop.provenance import Provenance, provenance, read_config_object
 from jpeft_interop.safetensors_file import read_safetensors
 
 
@@ -70,12 +72,14 @@ class Summary:
 
     Attributes:
       kind: what kind of file or folder it is.
+      provenance: whether it is known to be as it was written.
       config: the fields that differ from their defaults.
       factors: one record a module with low-rank factors.
       plain: one an array beside them.
     """
 
     kind: str
+    provenance: str
     config: Mapping[str, Any]
     factors: tuple[Factors, ...]
     plain: tuple[Plain, ...]
@@ -101,11 +105,11 @@ def summarise(path: str | os.PathLike[str]) -> Summary:
 
 
 def _of_folder(folder: Path) -> Summary:
-    spec, file = read_peft_config(folder).spec, folder / WEIGHTS
-    found, kind, keys = read_json_object(folder / CONFIG), type_of(spec), keys_of(spec)
+    spec, file = read_peft_config(folder).spec, adapter_file(folder, WEIGHTS)
+    found, kind, keys = read_config_object(folder), type_of(spec), keys_of(spec)
     defaults = kind.defaults if kind else {}
     config = {name: value for name, value in sorted(found.items()) if value != defaults.get(name)}
-    tensors, _ = read_safetensors(file)
+    tensors, _ = read_safetensors(file, AdapterError, ADAPTER_HEADER_BYTES)
     modules: dict[str, dict[str, np.ndarray]] = {}
     plain: list[Plain] = []
     for key, tensor in tensors.items():
@@ -116,7 +120,15 @@ def _of_folder(folder: Path) -> Summary:
             plain.append(_plain(_told(key.removeprefix(PREFIX)), tensor))
     factors = tuple(_pair(name, leaves, spec, file) for name, leaves in sorted(modules.items(), key=_numbered))
     plain.sort(key=lambda one: _numbered((one.name,)))
-    return Summary(f"PEFT folder, {type(spec).__name__}", config, factors, tuple(plain))
+    return Summary(f"PEFT folder, {type(spec).__name__}", _provenance(folder), config, factors, tuple(plain))
+
+
+def _provenance(folder: Path) -> str:
+    """What is known, or what is wrong: that is no reason to show nothing."""
+    try:
+        return str(provenance(folder))
+    except AdapterError as error:
+        return f"CHANGED: {error}"
 
 
 def _told(name: str) -> str:
@@ -171,7 +183,9 @@ def _of_file(file: Path) -> Summary:
         others = [name for name in leaves if name not in ("a", "b")]
         plain += [_plain(f"{module}{suffixes.get(name, f'.{name}')}", leaves[name]) for name in others]
     factors.sort(key=lambda one: _numbered((one.module,)))
-    return Summary(f"jpeft file, {type(spec).__name__}", _differing(spec), tuple(factors), tuple(plain))
+    _, metadata = read_safetensors(file, AdapterError, ADAPTER_HEADER_BYTES)
+    known = str(Provenance("ok" if "digest" in metadata else "unverified", "unverified"))  # `load` has compared it
+    return Summary(f"jpeft file, {type(spec).__name__}", known, _differing(spec), tuple(factors), tuple(plain))
 
 
 def _differing(spec: Any) -> dict[str, Any]:

@@ -13,24 +13,37 @@ import jax.numpy as jnp
 import numpy as np
 
 from jpeft.adapter import Adapter, Meta
-from jpeft.errors import AdapterError
+from jpeft.errors import AdapterError, JpeftError
 from jpeft.kernel import Kernel, Kernels
 from jpeft.methods import METHODS
+from jpeft.safetensors_header import ADAPTER_HEADER_BYTES
+from jpeft.save import check_base as require_base
 from jpeft.site import Site
 from jpeft.spec import Spec
-from jpeft.strict_json import read_json_object
 from jpeft.targets import ALL_LINEAR, is_kept, names_module
 from jpeft.tree import flatten, nearest
+from jpeft_interop.adapter_files import adapter_file
+from jpeft_interop.arrays import is_finite
 from jpeft_interop.ia3_keys import as_peft_reads
 from jpeft_interop.join import Joined, Piece
 from jpeft_interop.layout import Layout, Link, default_layout, find
 from jpeft_interop.lora_keys import Leaves
 from jpeft_interop.peft_config import PeftConfig, read_config
 from jpeft_interop.peft_keys import PREFIX, Keys, Spot, keys_of, spot_of
-from jpeft_interop.safetensors_file import read_safetensors
+from jpeft_interop.provenance import (
+    CONFIG,
+    WEIGHTS,
+    adapted_keys,
+    base_fingerprint,
+    read_config_object,
+    read_stated,
+)
+from jpeft_interop.safetensors_file import Tensors, read_safetensors
 from jpeft_interop.target_parameters import is_targeted, stored_names
 
-CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+PICKLE = "adapter_model.bin"
+LEAST_RANK = 1024  # that is taken, however small the weight: more than its own sides is no low rank
+LONGEST = 2_000  # characters of an error
 
 
 def load_peft(
@@ -40,6 +53,8 @@ def load_peft(
     layout: Layout | None = None,
     kernels: Kernels | None = None,
     blocks: bool = True,
+    check_digest: bool = True,
+    check_base: bool = True,
 ) -> Adapter:
     """An adapter from a folder that PEFT wrote (or `save_peft`).
 
@@ -51,6 +66,8 @@ def load_peft(
         are the model's own batch axes. The layout's by default.
       blocks: False refuses what would need a mask: parts of a fused weight with factors of their own, and stacked
         layers of different ranks.
+      check_digest: where the file carries a digest (as those of `save_peft`), what is there must have it.
+      check_base: where the file carries its base's fingerprint, the params must have it. False loads it onto another.
 
     Returns:
       the adapter: its spec is the folder's config, its arrays are in the file's dtypes. A fused weight's has a block of
@@ -59,16 +76,33 @@ def load_peft(
 
     Raises:
       AdapterError: a file missing, broken or foreign, an option not done here, a key or shape that does not fit the
-        params. Nothing is applied or kept.
+        params; or the files have changed since they were written, or are for another base. Nothing is applied or
+        kept. `provenance` tells whether that was known.
     """
     folder = Path(folder)
     config = read_peft_config(folder)
-    tensors = _read_tensors(folder)
+    tensors, metadata = _read_tensors(folder)
     flat = flatten(params)
     layout = default_layout(flat) if layout is None else layout
     layout.check(flat)
-    reading = _Reading(str(folder / WEIGHTS), config, flat, layout, kernels or layout.kernels, tensors, blocks)
-    return reading.adapter()
+    file = str(folder / WEIGHTS)
+    reading = _Reading(file, config, flat, layout, kernels or layout.kernels, tensors, blocks)
+    try:
+        stated = read_stated(file, metadata)
+        reading.check_keys_and_shapes()
+        _check_values(file, tensors)
+        if stated is not None and check_digest:
+            stated.check_digest(tensors, read_config_object(folder))
+        if stated is not None and stated.base is not None and check_base:
+            found = base_fingerprint(adapted_keys(tensors, layout), layout, flat)
+            require_base(file, stated.base, found, "load_peft(..., check_base=False)")
+        return reading.adapter()
+    except (JpeftError, ArithmeticError, AssertionError, LookupError, TypeError, ValueError) as error:
+        told = str(error) if isinstance(error, JpeftError) else f"{file}: {error!r}"
+        if type(error) is AdapterError and len(told) <= LONGEST:
+            raise
+        where = "" if isinstance(error, AdapterError) or not isinstance(error, JpeftError) else f"{file}: "
+        raise AdapterError(f"{where}{told[:LONGEST]}") from error
 
 
 def read_peft_config(folder: str | os.PathLike[str]) -> PeftConfig:
@@ -78,23 +112,28 @@ def read_peft_config(folder: str | os.PathLike[str]) -> PeftConfig:
       AdapterError: it is not there, or not one that can be done here.
     """
     file = Path(folder) / CONFIG
-    if not file.exists():
+    if not os.path.lexists(file):
         raise AdapterError(f"{folder}: no {CONFIG} there; is it an adapter's folder?")
-    return read_config(read_json_object(file), str(file))
+    return read_config(read_config_object(folder), str(file))
 
 
-def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
-    file = folder / WEIGHTS
-    if not file.exists():
+def _read_tensors(folder: Path) -> tuple[Tensors, dict[str, str]]:
+    file = adapter_file(folder, WEIGHTS)
+    if not os.path.lexists(file):
         hint = f"; {PICKLE} is a pickle, which is never read: save it again with safe_serialization=True"
         raise AdapterError(f"{folder}: no {WEIGHTS} there{hint if (folder / PICKLE).exists() else ''}")
-    tensors, _ = read_safetensors(file)
+    tensors, metadata = read_safetensors(file, AdapterError, ADAPTER_HEADER_BYTES)
+    for key in tensors:
+        shape, dtype = tensors.spec(key)
+        if not jnp.issubdtype(dtype, jnp.floating) or not shape:
+            raise AdapterError(f"{file}: key {key!r:.200}: expected an array of floats, found {dtype} {shape}")
+    return tensors, metadata
+
+
+def _check_values(file: str, tensors: Tensors) -> None:
     for key, tensor in tensors.items():
-        if not jnp.issubdtype(tensor.dtype, jnp.floating) or tensor.ndim == 0:
-            raise AdapterError(f"{file}: key {key!r}: expected an array of floats, found {tensor.dtype} {tensor.shape}")
-        if not np.isfinite(np.asarray(tensor, np.float32)).all():
+        if not is_finite(tensor):
             raise AdapterError(f"{file}: key {key!r} holds values that are not finite")
-    return dict(tensors)
 
 
 @dataclass(frozen=True)
@@ -132,10 +171,50 @@ class _Reading:
     def _stored(self) -> dict[str, str]:
         return stored_names(self._parameters)
 
+    def check_keys_and_shapes(self) -> None:
+        """Everything that the header and the config can tell, before a value is read."""
+        try:
+            factors, plain = self._sorted()
+            for name, key in plain.items():
+                find(self.layout, _torch_name(name, plain), self.file, key)
+            self._by_path(factors)
+            self._check_targets(factors)
+        except AdapterError as error:
+            raise AdapterError(f"{error}{self._difference()}") from error
+
+    def _difference(self) -> str:
+        """How the file's keys differ from those that the config's targets have, all in all."""
+        if self.spec.where.targets == ALL_LINEAR:
+            return ""
+        expected = {key for module, kernel in self._targeted() for key in self._wanted(Spot(module, kernel))}
+        plain = {key: self.keys.split(key, self.file) for key in self.tensors if key.startswith(PREFIX)}
+        known = {
+            key for key, (name, leaf) in plain.items() if leaf is None and _torch_name(name, ()) in self.layout.by_key
+        }
+        missing, unexpected = sorted(expected - self.tensors.keys()), sorted(self.tensors.keys() - expected - known)
+        if len(missing) + len(unexpected) < 2:
+            return ""
+        return (
+            f". In all, of {len(expected)} keys of targets missing: {_some(missing)}; unexpected: {_some(unexpected)}"
+        )
+
+    def _wanted(self, spot: Spot) -> Iterator[str]:
+        has_bias = getattr(self.spec, "factor_bias", False)
+        return (key for leaf, key in self.keys.names(spot).items() if leaf != "bias" or has_bias)
+
+    def _targeted(self) -> Iterator[tuple[str, Kernel]]:
+        """The modules that the config targets and that have factors in a file."""
+        where = self.spec.where
+        for module, kernel in self.layout.modules.items():
+            path = f"{module}/weight".replace(".", "/")
+            meant = names_module(where.targets, module) and is_kept(where, path, kernel)
+            if meant and (self.keys.has_rank_zero or self.spec.rank_of(module) > 0):
+                yield module, kernel
+
     def adapter(self) -> Adapter:
+        """What is in the file, once it is known to fit."""
         factors, plain = self._sorted()
         by_path = self._by_path(factors)
-        self._check_targets(factors)
         parts = [self._adapted(path, found) for path, found in by_path.items()]
         parts += self._replaced(self._params_of(plain, factors))
         self._check_biases({site.path for site, _, _ in parts})
@@ -188,16 +267,15 @@ class _Reading:
                 raise AdapterError(
                     f"{self.file}: {parameter!r} is in 'target_parameters' in {CONFIG}, and its factors are missing"
                 )
-        for module, kernel in self.layout.modules.items():
-            path = f"{module}/weight".replace(".", "/")
-            targeted = names_module(where.targets, module) and is_kept(where, path, kernel)
-            if targeted and module not in factors and (self.keys.has_rank_zero or self.spec.rank_of(module) > 0):
+        targeted = {module for module, _ in self._targeted()}
+        for module in self.layout.modules:
+            if module in targeted and module not in factors:
                 raise AdapterError(
                     f"{self.file}: {module!r} is a target in {CONFIG}, and its factors are missing from the file"
                 )
-            if module in factors and not targeted:
+            if module in factors and module not in targeted:
                 raise AdapterError(
-                    f"{self.file}: {module!r} has factors, and is no target in {CONFIG}: {where.targets!r}"
+                    f"{self.file}: {module!r} has factors, and is no target in {CONFIG}: {where.targets!r:.300}"
                 )
 
     def _by_path(self, factors: Mapping[str, Leaves]) -> dict[str, list[Piece]]:
@@ -259,6 +337,12 @@ class _Reading:
     def _check_shapes(self, one: Piece) -> None:
         wanted, names = self.keys.shapes(self.spec, one.spot), self.keys.names(one.spot)
         rank = f"rank {self.spec.rank_of(one.spot.module)} on " if "a" in wanted else ""
+        most = max(LEAST_RANK, one.spot.kernel.fan_in, one.spot.kernel.fan_out)
+        if (found := self.spec.rank_of(one.spot.module)) > most:
+            raise AdapterError(
+                f"{self.file}: {one.spot.module!r} has the rank {found} in {CONFIG}: expected at most {most} on a "
+                f"weight of shape {one.spot.kernel.shape}"
+            )
         for leaf, tensor in one.leaves.items():
             if tensor.shape != wanted[leaf]:
                 raise AdapterError(
@@ -359,6 +443,20 @@ class _Reading:
                     f"{self.file}: 'bias' is {self.spec.bias!r} in {CONFIG}, and {PREFIX + key!r} is missing; the file "
                     f"has {nearest(PREFIX + key, self.tensors)}"
                 )
+
+
+def _torch_name(name: str, known: Container[str]) -> str:
+    """The param that a key which is no factor is for: PEFT has several names for one."""
+    if ".original_module." in name:
+        name = name.replace(".original_module.", ".")
+    kept = _without_wrapper(name, known)
+    module, _, leaf = kept.rpartition(".base_layer.")
+    return f"{module}.{leaf}" if module else kept
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = ", ".join(f"{name!r:.120}" for name in names[:3])
+    return f"{len(names)} ({shown}{', …' if len(names) > 3 else ''})" if names else "none"
 
 
 def _without_wrapper(name: str, known: Container[str]) -> str:

@@ -19,15 +19,17 @@ import numpy as np
 
 from jpeft.adapter import Adapter
 from jpeft.errors import AdapterError, SpecError
+from jpeft.safetensors_header import ADAPTER_HEADER_BYTES
 from jpeft.site import Site
-from jpeft.strict_json import read_json_object
 from jpeft.tree import flatten
 from jpeft.xlora import Mixture, layers_of
 from jpeft.xlora.classifier import Dense
 from jpeft.xlora.mixture import check_experts
+from jpeft_interop.adapter_files import adapter_file
 from jpeft_interop.layout import Layout, default_layout
 from jpeft_interop.layout.factors import batch_index, is_adapted
 from jpeft_interop.load_peft import CONFIG, WEIGHTS, load_peft
+from jpeft_interop.provenance import read_config_object
 from jpeft_interop.safetensors_file import read_safetensors
 from jpeft_interop.xlora_config import XLoraConfig, read_xlora_config
 
@@ -63,8 +65,8 @@ def load_peft_xlora(
     folder = Path(folder)
     if not (folder / CONFIG).exists():
         raise AdapterError(f"{folder}: no {CONFIG} there; is it an X-LoRA's folder?")
-    config = read_xlora_config(read_json_object(folder / CONFIG), str(folder / CONFIG))
-    layers = _classifier(folder / WEIGHTS, config)
+    config = read_xlora_config(read_config_object(folder), str(folder / CONFIG))
+    layers = _classifier(adapter_file(folder, WEIGHTS), config)
     folders = _folders(folder, config.names) if experts is None else dict(experts)
     layout = default_layout(flatten(params)) if layout is None else layout
     loaded = {name: _expert(name, path, params, layout) for name, path in folders.items()}
@@ -80,7 +82,7 @@ def _classifier(file: Path, config: XLoraConfig) -> list[dict[str, np.ndarray]]:
     """Its layers as torch has them, `weight` (out, in) and `bias`; the last one's outputs are not checked yet."""
     if not file.exists():
         raise AdapterError(f"{file.parent}: no {WEIGHTS} there; it should hold the classifier")
-    spec, (tensors, _) = config.spec, read_safetensors(file)
+    spec, (tensors, _) = config.spec, read_safetensors(file, AdapterError, ADAPTER_HEADER_BYTES)
     between = 3 if spec.dropout > 0 else 2  # torch counts the ReLU and the dropout, too
     wanted = [f"{PREFIX}{i * between}.{leaf}" for i in range(spec.depth) for leaf in ("weight", "bias")]
     if lost := [key for key in wanted if key not in tensors]:
@@ -122,7 +124,7 @@ def _folders(folder: Path, names: tuple[str, ...]) -> dict[str, Path]:
     for name in numbers:
         if not (folder / name / CONFIG).exists():
             raise AdapterError(f"{folder}: expert {name!r} is not there, in a folder of that name; say where: {call}")
-    return {name: folder / name for name in numbers}
+    return {name: adapter_file(folder, name) for name in numbers}
 
 
 def _expert(name: str, folder: str | os.PathLike[str], params: Any, layout: Layout) -> Adapter:

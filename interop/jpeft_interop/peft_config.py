@@ -39,13 +39,16 @@ def read_config(found: Mapping[str, Any], file: str) -> PeftConfig:
     peft_type = found.get("peft_type")
     kind = TYPES.get(peft_type) if isinstance(peft_type, str) else None
     if kind is None:
-        raise AdapterError(f"{file}: 'peft_type' is {peft_type!r}; this version reads {', '.join(map(repr, TYPES))}")
+        raise AdapterError(
+            f"{file}: 'peft_type' is {peft_type!r:.100}; this version reads {', '.join(map(repr, TYPES))}"
+        )
     config = dict(kind.defaults) | dict(found)
     known = {*kind.fields, *kind.refused, *kind.history}
     for name in found:
-        if name not in known:
+        if name not in known and not _is_inert(found[name]):
             raise AdapterError(
-                f"{file}: unknown field {name!r}; the nearest known is {nearest(name, sorted(known), 1)}"
+                f"{file}: unknown field {name!r:.100}, set to {found[name]!r:.100}: expected null, false or nothing "
+                f"where it is not known what it means; the nearest known is {nearest(name, sorted(known), 1)}"
             )
     _check_fields(kind, config, file)
     try:
@@ -56,13 +59,20 @@ def read_config(found: Mapping[str, Any], file: str) -> PeftConfig:
     return PeftConfig(spec, config["base_model_name_or_path"], config["task_type"], config["fan_in_fan_out"], names)
 
 
+def _is_inert(value: Any) -> bool:
+    """Whether a field that a newer PEFT writes does nothing, by its value: a number always says something."""
+    return value is None or value is False or (isinstance(value, str | list | dict) and not value)
+
+
 def _check_fields(kind: PeftType, config: Mapping[str, Any], file: str) -> None:
     for name, (check, expected) in kind.fields.items():
         if not check(config[name]):
-            raise AdapterError(f"{file}: field {name!r} must be {expected}; found {config[name]!r}")
+            raise AdapterError(f"{file}: field {name!r} must be {expected}; found {config[name]!r:.200}")
     for name in kind.refused:
         if config[name]:
-            raise AdapterError(f"{file}: {name!r} is set ({config[name]!r}); {kind.name} with it is not supported here")
+            raise AdapterError(
+                f"{file}: {name!r} is set ({config[name]!r:.200}); {kind.name} with it is not supported here"
+            )
     if (wrong := kind.check(config)) is not None:
         raise AdapterError(f"{file}: {wrong}")
 

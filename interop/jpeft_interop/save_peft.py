@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
 
 from jpeft.adapter import Adapter
 from jpeft.atomic import write_folder
@@ -24,6 +23,8 @@ from jpeft_interop.layout import Layout, default_layout
 from jpeft_interop.load_peft import CONFIG, WEIGHTS
 from jpeft_interop.peft_config import PeftConfig, write_config
 from jpeft_interop.peft_keys import KEYS, PREFIX, keys_of
+from jpeft_interop.provenance import adapted_keys, base_fingerprint, stating
+from jpeft_interop.safetensors_file import write_safetensors
 from jpeft_interop.serving import Target, plain_lora, uniform
 from jpeft_interop.split import Matrix, matrices
 from jpeft_interop.target_parameters import shortest
@@ -43,6 +44,9 @@ def save_peft(
     target: Target = "peft",
 ) -> None:
     """Writes `adapter_config.json` and `adapter_model.safetensors`, moved into place whole.
+
+    The latter's metadata holds a digest of both and a fingerprint of the weights in `params` that are adapted, which
+    `load_peft` checks.
 
     Args:
       folder: made if need be; one that holds other things than an adapter is refused.
@@ -80,9 +84,12 @@ def save_peft(
     named = tuple(shortest(parameters, layout.parameters))
     config = write_config(PeftConfig(spec, base_model, task_type, fan_in_fan_out, named))
 
+    base = base_fingerprint(adapted_keys(tensors, layout), layout, flat)
+    metadata = stating(tensors, config, {"format": "pt"}, base)
+
     def fill(new: Path) -> None:
         (new / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True))
-        save_file(tensors, new / WEIGHTS, {"format": "pt"})
+        write_safetensors(new / WEIGHTS, tensors, metadata)
 
     write_folder(folder, fill, replaceable=lambda name: name in OTHERS)
 

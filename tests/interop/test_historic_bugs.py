@@ -114,7 +114,7 @@ def test_an_adapter_on_the_result_of_apply_or_attach(forward, params, kernels):
 
 
 NAMES = ["lora", "lora_", "lora_A", "ia3", "self_attn", "layers", "model", "0", "weight", "default", "base_layer"]
-NAMES += ["q_proj", "a.b", "with space", "ünï-código", "名前"]
+NAMES += ["q_proj", "A-1", "x" * 64]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -132,7 +132,8 @@ def test_peft_2699_an_adapters_name_changes_no_file(name, params, kernels, forwa
 
 
 @pytest.mark.parametrize(
-    "name", ["", ".", "..", ".hidden", "a/b", "/a", "a\\b", "a\0b", "adapter_config.json", "x" * 300]
+    "name",
+    ["", ".", "..", ".hidden", "a/b", "/a", "a\\b", "a\0b", "adapter_config.json", "x" * 65, "a b", "名前", "a\n"],
 )
 def test_names_that_no_folder_can_have_are_refused_before_anything_is_written(name, params, kernels, tmp_path):
     with pytest.raises(jpeft.AdapterError, match="can't be saved under the name .*nothing was written"):

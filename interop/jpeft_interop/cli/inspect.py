@@ -51,6 +51,7 @@ def _config(summary: Summary) -> Table:
 
     grid = Table.grid(padding=(0, 2))
     grid.add_row(Text("kind", style="bold"), summary.kind)
+    grid.add_row(Text("provenance", style="bold"), summary.provenance)
     for name, value in summary.config.items():
         listed = ", ".join(sorted(map(str, value))) if isinstance(value, list | tuple) else str(value)
         grid.add_row(Text(name, style="bold"), Text(listed if len(listed) <= LONG else listed[: LONG - 1] + "…"))

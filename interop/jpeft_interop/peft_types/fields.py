@@ -8,6 +8,7 @@ from typing import Any
 
 from jpeft.spec import Spec
 
+LARGEST, MOST = 1e30, 2**53
 PEFT_VERSION = "0.21.2"  # whose files these are
 
 Config = Mapping[str, Any]
@@ -16,13 +17,13 @@ Field = tuple[Check, str]
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is a number; true and false are none."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    """Whether it is a number, of a size that fp32 has; true and false are none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= LARGEST
 
 
 def is_count(value: Any) -> bool:
     """Whether it is an integer >= 0."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MOST
 
 
 def is_names(value: Any) -> bool:

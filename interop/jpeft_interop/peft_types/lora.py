@@ -126,11 +126,11 @@ def _check(config: Config) -> str | None:
     if config["target_modules"] is None and not config["target_parameters"]:
         return "'target_modules' must be a string or a list of strings, where there are no 'target_parameters'"
     start = config["init_lora_weights"]
-    if start in HARMLESS_INITS:
+    if isinstance(start, str | bool) and start in HARMLESS_INITS:
         return None
     return (
-        f"'init_lora_weights' is {start!r}, which changes the base weights when PEFT loads the file; save it in PEFT "
-        "with path_initial_model_for_weight_conversion=... to get an ordinary LoRA"
+        f"'init_lora_weights' is {start!r:.100}, which changes the base weights when PEFT loads the file; save it in "
+        "PEFT with path_initial_model_for_weight_conversion=... to get an ordinary LoRA"
     )
 
 

@@ -1,0 +1,130 @@
+"""What a folder says of itself: whether it is as it was written, and for which base."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jpeft
+from jpeft_interop import load_peft, params_from_torch, save_peft
+from jpeft_interop.adapter_summary import summarise
+from jpeft_interop.provenance import provenance
+from llama_layouts import base_here
+from peft_twins import adapted, base, llama, save
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def params_of(seed):
+    draw = lambda n, *shape: jax.random.normal(jax.random.key(seed * 10 + n), shape)
+    return {"block": {"q_proj": {"kernel": draw(0, 6, 4), "bias": draw(1, 4)}, "v_proj": {"kernel": draw(2, 6, 4)}}}
+
+
+@pytest.fixture
+def folder(tmp_path, key):
+    adapter = jpeft.init(key, jpeft.LoRA(rank=2, targets=["q_proj"]), params_of(0))
+    adapter = adapter.replace(trained=jax.tree.map(lambda leaf: leaf + 0.5, adapter.trained))
+    save_peft(tmp_path / "adapter", adapter, params=params_of(0))
+    return tmp_path / "adapter"
+
+
+def test_what_is_known_of_a_folder(folder):
+    known = provenance(folder, params_of(0))
+    assert (known.digest, known.base) == ("ok", "ok")
+    assert (provenance(folder).digest, provenance(folder).base) == ("ok", "unverified")
+    assert "unchanged" in summarise(folder).provenance
+
+
+@pytest.mark.parametrize("name", [CONFIG, WEIGHTS])
+def test_a_flipped_bit_anywhere_is_found(folder, name):
+    whole, draw, harmless = (folder / name).read_bytes(), np.random.default_rng(0), 0
+    read = lambda data: json.loads(data)
+    for place in range(len(whole)):
+        bits = bytearray(whole)
+        bits[place] ^= 1 << int(draw.integers(8))
+        (folder / name).write_bytes(bits)
+        if name == CONFIG and b"e-" in whole and _same(read, bits, whole):  # 1e-5 and 1E-5
+            harmless += 1
+            continue
+        with pytest.raises(jpeft.AdapterError):
+            load_peft(folder, params_of(0))
+    assert harmless <= 1
+    (folder / name).write_bytes(whole)
+    load_peft(folder, params_of(0))
+
+
+def _same(read, bits, whole):
+    try:
+        return read(bytes(bits)) == read(whole)
+    except ValueError:
+        return False
+
+
+def test_another_base_of_the_same_shapes(folder):
+    with pytest.raises(
+        jpeft.AdapterError, match=r"another base.*expected the fingerprint '\w+', found '\w+'.*check_base"
+    ):
+        load_peft(folder, params_of(1))
+    with pytest.raises(jpeft.AdapterError, match="another base"):
+        provenance(folder, params_of(1))
+    load_peft(folder, params_of(1), check_base=False)
+    load_peft(folder, jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params_of(0)))
+
+
+def test_weights_that_are_not_adapted_are_not_asked(folder):
+    params = params_of(0)
+    params["block"]["v_proj"] = params_of(1)["block"]["v_proj"]
+    load_peft(folder, params)
+
+
+def test_a_base_without_values_is_no_witness(folder, tmp_path):
+    shapes = jax.eval_shape(lambda: params_of(1))
+    adapter = load_peft(folder, shapes)
+    assert provenance(folder, shapes).base == "unverified"
+    save_peft(tmp_path / "new", adapter, params=shapes)
+    assert provenance(tmp_path / "new", params_of(0)).digest == "ok"
+    assert provenance(tmp_path / "new", params_of(0)).base == "unverified"
+
+
+def test_a_changed_file_can_be_read_all_the_same(folder):
+    config = json.loads((folder / CONFIG).read_text()) | {"lora_alpha": 5}
+    (folder / CONFIG).write_text(json.dumps(config))
+    with pytest.raises(jpeft.AdapterError, match="has changed since it was written: expected the digest"):
+        load_peft(folder, params_of(0))
+    assert load_peft(folder, params_of(0), check_digest=False).spec.alpha == 5
+    assert summarise(folder).provenance.startswith("CHANGED")
+
+
+def test_pefts_own_folder_is_unverified_and_says_so(tmp_path):
+    module = base(llama)
+    folder = save(adapted(module, r=2, target_modules=["q_proj"]), tmp_path)
+    params = params_from_torch(module)
+    assert (provenance(folder, params).digest, provenance(folder, params).base) == ("unverified", "unverified")
+    assert "unverified" in summarise(folder).provenance
+    jpeft.save(tmp_path / "native.safetensors", load_peft(folder, params))
+    assert "unchanged" in summarise(tmp_path / "native.safetensors").provenance
+
+
+def test_a_base_is_known_in_any_layout(tmp_path):
+    """Of the same torch weights: the fused, the stacked and torch's own names have one fingerprint."""
+    module, other = base(llama), base(llama, seed=1)
+    peft_model = adapted(module, r=2, target_modules=["k_proj", "v_proj", "o_proj", "down_proj", "gate_proj"])
+    theirs = save(peft_model, tmp_path)
+    params = params_from_torch(module)
+    save_peft(tmp_path / "new", load_peft(theirs, params), params=params)
+    for form in ("fused", "scanned"):
+        here, layout = base_here(module, form)
+        assert provenance(tmp_path / "new", here, layout=layout).base == "ok"
+        wrong, layout = base_here(other, form)
+        with pytest.raises(jpeft.AdapterError, match="another base"):
+            load_peft(tmp_path / "new", wrong, layout=layout)
+
+
+def test_a_layout_that_scales_is_no_witness(tmp_path):
+    module = base(llama)
+    theirs = save(adapted(module, r=2, target_modules=["q_proj"]), tmp_path)
+    here, layout = base_here(module, "scanned")
+    save_peft(tmp_path / "new", load_peft(theirs, here, layout=layout), params=here, layout=layout)
+    assert provenance(tmp_path / "new", here, layout=layout).base == "unverified"
