@@ -23,7 +23,7 @@ def for_cpu() -> bool:
     A program compiled here for a pod that is elsewhere is not for the CPU: `with jax.set_mesh(mesh)` says so.
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
-    return (jax.default_backend() if device is None else device.platform) == "cpu"
+    return (jax.default_backend() if device is None else device.device_kind) == "cpu"
 
 
 def whole(fn: F) -> F:
