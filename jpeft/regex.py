@@ -15,7 +15,9 @@ from operator import or_
 
 from jpeft.errors import SpecError
 
-LONGEST, PARTS, STEPS, DEPTH, SETS, COUNT = 100_000, 1_000, 4_000, 50, 100, 1_000
+LONGEST, PARTS, STEPS, DEPTH, SETS, COUNT = 100_000, 1_000, 1_000, 50, 100, 1_000
+WORDS = 4  # that are looked for in one step
+LEAST = 20  # steps, however many regexes there are; one as people write it takes 2 to 16
 ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "f": "\f", "v": "\v", "a": "\a"}
 CLASSES, BORDERS = frozenset("dDwWsS"), frozenset("AZbB")
 WORD = re.compile(r"\w")
@@ -30,18 +32,26 @@ class _Text:
     """A text, the positions of each of its characters, and how much has been done with it."""
 
     text: str
+    most: int = STEPS
 
     def __post_init__(self) -> None:
         self.all = (1 << len(self.text) + 1) - 1
         self.steps = 0
         self.of: dict[str, int] = {}
+        self.classes: dict[str, int] = {}
         for i, char in enumerate(self.text):
             self.of[char] = self.of.get(char, 0) | 1 << i
 
-    def step(self) -> None:
-        self.steps += 1
-        if self.steps > STEPS:
-            raise RegexError(f"it takes more than {STEPS} steps on a name of {len(self.text)} characters")
+    def step(self, count: int = 1) -> None:
+        self.steps += count
+        if self.steps > self.most:
+            raise RegexError(f"it takes more than {self.most} steps on a name of {len(self.text)} characters")
+
+    def where(self, source: str) -> int:
+        """Where a character of a class stands."""
+        if source not in self.classes:
+            self.classes[source] = _any(where for char, where in self.of.items() if _is_in(source, char))
+        return self.classes[source]
 
 
 class Part:
@@ -63,11 +73,11 @@ class _Words(Part):
     words: tuple[str, ...]
 
     def ends(self, text: _Text, at: int) -> int:
-        text.step()
+        text.step(1 + len(self.words) // WORDS)
         return _any((_found(text, word) & at) << len(word) for word in self.words)
 
     def starts(self, text: _Text, at: int) -> int:
-        text.step()
+        text.step(1 + len(self.words) // WORDS)
         return _any(_found(text, word) & (at >> len(word)) for word in self.words)
 
 
@@ -77,16 +87,13 @@ class _Class(Part):
 
     source: str
 
-    def where(self, text: _Text) -> int:
-        """Where in the text such a character stands."""
-        text.step()
-        return _any(where for char, where in text.of.items() if _is_in(self.source, char))
-
     def ends(self, text: _Text, at: int) -> int:
-        return (at & self.where(text)) << 1
+        text.step()
+        return (at & text.where(self.source)) << 1
 
     def starts(self, text: _Text, at: int) -> int:
-        return (at >> 1) & self.where(text)
+        text.step()
+        return (at >> 1) & text.where(self.source)
 
 
 @dataclass(frozen=True)
@@ -129,7 +136,8 @@ class _Repeat(Part):
 
     def ends(self, text: _Text, at: int) -> int:
         if isinstance(self.part, _Class) and self.least == 0 and self.most is None:
-            where = self.part.where(text)  # a carry runs through each run of such characters
+            text.step()
+            where = text.where(self.part.source)  # a carry runs through each run of such characters
             return at | (((at & where) + where) ^ where) & text.all
         return self._go(text, at, lambda at: self.part.ends(text, at))
 
@@ -202,15 +210,21 @@ def matches(regex: str, text: str) -> bool:
     return bool(ends(regex, text) >> len(text))
 
 
-@lru_cache(4096)
-def ends(regex: str, text: str, at: int = 1) -> int:
+@lru_cache(1 << 14)
+def ends(regex: str, text: str, at: int = 1, share: int = 1) -> int:
     """The positions where a match may end, bit by bit, of those where it may begin.
+
+    Args:
+      regex: what is to match.
+      text: the name.
+      at: where it may begin, bit by bit.
+      share: how many regexes there are: together they may take as many steps as one alone.
 
     Raises:
       RegexError: as `matches`.
     """
     try:
-        return parsed(regex).ends(_Text(text), at)
+        return parsed(regex).ends(_Text(text, max(STEPS // share, LEAST)), at)
     except RegexError as error:
         raise RegexError(f"the regex {regex!r:.200} is refused: {error}") from None
 

@@ -56,7 +56,7 @@ class Entry(NamedTuple):
 
 
 def open_safetensors(
-    path: str | os.PathLike[str], error: type[JpeftError], header_bytes: int
+    path: str | os.PathLike[str], error: type[JpeftError], header_bytes: int, most: int | None = None
 ) -> tuple[mmap.mmap, dict[str, Entry], dict[str, str]]:
     """A file mapped into memory, where its tensors lie in it, in the order of the file, and its metadata.
 
@@ -82,23 +82,26 @@ def open_safetensors(
         raise error(f"{path}: can't be read: {reason}") from None
     finally:
         os.close(descriptor)
-    return mapped, *parse_header(mapped, str(path), error, header_bytes)
+    return mapped, *parse_header(mapped, str(path), error, header_bytes, most)
 
 
 def parse_header(
-    data: mmap.mmap | bytes, path: str, error: type[JpeftError], header_bytes: int
+    data: mmap.mmap | bytes, path: str, error: type[JpeftError], header_bytes: int, most: int | None = None
 ) -> tuple[dict[str, Entry], dict[str, str]]:
-    """Where the tensors lie in `data`, the whole of a file, and its metadata; `path` names it in errors."""
+    """Where the tensors lie in `data`, the whole of a file, and its metadata; `path` names it in errors.
+
+    `header_bytes` and `most` are how long the header and how many its tensors may be.
+    """
     start, size = 8 + int.from_bytes(data[:8], "little"), len(data)
     if start > size or start > header_bytes:
         pickled = data[:4] == b"PK\3\4" or (data[:1] == b"\x80" and data[1] < 6)
         what = "a pickle, which is never read" if pickled else "truncated, or no safetensors"
-        most = min(size, header_bytes)
-        raise error(f"{path}: {what}: expected the header to end by byte {most}, found {start}")
+        limit = min(size, header_bytes)
+        raise error(f"{path}: {what}: expected the header to end by byte {limit}, found {start}")
     text = bytes(data[8:start])
-    most = header_bytes // ENTRY_BYTES
-    if text.count(b"{") > most:
-        raise error(f"{path}: expected at most {most} tensors, found more")
+    most = header_bytes // ENTRY_BYTES if most is None else min(most, header_bytes // ENTRY_BYTES)
+    if (found := text.count(b"{")) > most + 2:  # the header itself, and its metadata
+        raise error(f"{path}: expected at most {most} tensors, found {found - 2} or so")
     header = parse_json_object(text, f"{path}: the header", error, DEPTH, floats=False)
     metadata = _metadata(header.pop("__metadata__", {}), path, error)
     entries = {key: _entry(key, value, start, path, error) for key, value in header.items()}

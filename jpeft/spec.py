@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 from jpeft.errors import SpecError
 from jpeft.kernel import Kernel
 from jpeft.regex import RegexError, parsed
-from jpeft.targets import FIXED, MOST_REGEXES, Patterns, Targets, frozen_mapping, frozen_names
+from jpeft.targets import FIXED, MOST_LAYERS_PATTERNS, MOST_REGEXES, Patterns, Targets, frozen_mapping, frozen_names
 
 Bias = Literal["none", "all", "lora_only"]
 
@@ -47,6 +47,8 @@ class Spec:
             layers = self.layers_to_transform
             self.freeze("layers_to_transform", (layers,) if isinstance(layers, int) else tuple(layers) or None)
         self.check_regexes(*(names for names in (self.targets, self.exclude) if isinstance(names, str)))
+        if len(self.layers_pattern) > MOST_LAYERS_PATTERNS:
+            raise self.fail(f"{len(self.layers_pattern)} layers_pattern: expected at most {MOST_LAYERS_PATTERNS}")
         self.check_regexes(*self.layers_pattern)
         self.check_one_of("bias", ("none", "all", "lora_only"))
 

@@ -21,7 +21,7 @@ Patterns = Mapping[str, V] | tuple[tuple[str, V], ...]
 ALL_LINEAR = "all-linear"
 FIXED = re.compile(r"(?:[\w\-.]|\\[.\-])*")  # a pattern that is a name; its dots stand for any character
 NUMBER = re.compile(r"\.(\d+)(?=\.)")
-MOST_REGEXES, MOST_FORMS = 50, 500
+MOST_REGEXES, MOST_FORMS, MOST_LAYERS_PATTERNS = 50, 500, 10
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,9 @@ def matches_pattern(pattern: str, *names: str) -> bool:
     return any(_ends_in(dotted(pattern), dotted(name)) for name in names)
 
 
-def _ends_in(pattern: str, name: str) -> bool:
+def _ends_in(pattern: str, name: str, share: int = 1) -> bool:
     begin = sum(1 << at for at in _parts_begin(name))
-    return bool(ends(pattern, name, begin) >> len(name))
+    return bool(ends(pattern, name, begin, share) >> len(name))
 
 
 def _parts_begin(name: str) -> list[int]:
@@ -92,8 +92,8 @@ class _Patterns:
             end = name[begin:]
             for anything, known in self.fixed.get(len(end), {}).items():
                 found.append(known.get(_blanked(end, anything), self.count))
-        best = min(found)
-        return next((at for at, regex in self.regexes if at < best and _ends_in(regex, name)), best)
+        best, share = min(found), len(self.regexes)
+        return next((at for at, regex in self.regexes if at < best and _ends_in(regex, name, share)), best)
 
 
 class _Same:
@@ -183,8 +183,9 @@ def layer_number(module: str, patterns: tuple[str, ...] = ()) -> int | None:
 
 def _number_after(pattern: str, name: str) -> int | None:
     """The number that stands behind the first of the name's parts that the pattern matches."""
-    for begin in _parts_begin(name):
-        found = ends(pattern, name, 1 << begin)
+    begins = _parts_begin(name)
+    for begin in begins:
+        found = ends(pattern, name, 1 << begin, len(begins))
         for number in NUMBER.finditer(name) if found else ():
             if found >> number.start() & 1:
                 return int(number.group(1))

@@ -44,6 +44,7 @@ from jpeft_interop.target_parameters import is_targeted, stored_names
 PICKLE = "adapter_model.bin"
 LEAST_RANK = 1024  # that is taken, however small the weight: more than its own sides is no low rank
 LONGEST = 2_000  # characters of an error
+MOST_KEYS = 10  # of a file, for each of the base's tensors
 
 
 def load_peft(
@@ -81,10 +82,10 @@ def load_peft(
     """
     folder = Path(folder)
     config = read_peft_config(folder)
-    tensors, metadata = _read_tensors(folder)
     flat = flatten(params)
     layout = default_layout(flat) if layout is None else layout
     layout.check(flat)
+    tensors, metadata = _read_tensors(folder, MOST_KEYS * (1 + len(layout.by_key)))
     file = str(folder / WEIGHTS)
     reading = _Reading(file, config, flat, layout, kernels or layout.kernels, tensors, blocks)
     try:
@@ -117,12 +118,12 @@ def read_peft_config(folder: str | os.PathLike[str]) -> PeftConfig:
     return read_config(read_config_object(folder), str(file))
 
 
-def _read_tensors(folder: Path) -> tuple[Tensors, dict[str, str]]:
+def _read_tensors(folder: Path, most: int) -> tuple[Tensors, dict[str, str]]:
     file = adapter_file(folder, WEIGHTS)
     if not os.path.lexists(file):
         hint = f"; {PICKLE} is a pickle, which is never read: save it again with safe_serialization=True"
         raise AdapterError(f"{folder}: no {WEIGHTS} there{hint if (folder / PICKLE).exists() else ''}")
-    tensors, metadata = read_safetensors(file, AdapterError, ADAPTER_HEADER_BYTES)
+    tensors, metadata = read_safetensors(file, AdapterError, ADAPTER_HEADER_BYTES, most)
     for key in tensors:
         shape, dtype = tensors.spec(key)
         if not jnp.issubdtype(dtype, jnp.floating) or not shape:

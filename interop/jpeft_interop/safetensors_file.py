@@ -75,7 +75,10 @@ class Tensors(Mapping[str, np.ndarray]):
 
 
 def read_safetensors(
-    path: str | os.PathLike[str], error: type[JpeftError] = AdapterError, header_bytes: int = MAX_HEADER_BYTES
+    path: str | os.PathLike[str],
+    error: type[JpeftError] = AdapterError,
+    header_bytes: int = MAX_HEADER_BYTES,
+    most: int | None = None,
 ) -> tuple[Tensors, dict[str, str]]:
     """The tensors of a safetensors file, and its metadata. The header is checked in full, the data is not touched.
 
@@ -83,12 +86,13 @@ def read_safetensors(
       path: an ordinary file.
       error: what to raise.
       header_bytes: how long the header may be; an adapter's is shorter than a model's.
+      most: how many tensors there may be; as many as the header has room for if None.
 
     Raises:
       JpeftError: of the type `error`; the file is truncated, too long, a pickle, or no safetensors. Names file, key,
         expected and found.
     """
-    mapped, entries, metadata = open_safetensors(path, error, header_bytes)
+    mapped, entries, metadata = open_safetensors(path, error, header_bytes, most)
     return Tensors(str(path), entries, mapped), metadata
 
 
