@@ -1,6 +1,7 @@
 """Files of examples, rows of ids, batches."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -49,9 +50,14 @@ BROKEN = {
     "ending": ("a.md", "text", ":.*.txt, .jsonl or .csv; found '.md'"),
     "nothing": ("a.txt", " \n\n ", "holds no examples"),
     "utf-8": ("a.txt", b"one\ntw\xff", r"a\.txt:2: expected UTF-8; found byte 0xff"),
-    "json": ("a.jsonl", '{"text": "a"}\n{"text"', r"a\.jsonl:2: not JSON"),
-    "no object": ("a.jsonl", "[1]", r"a\.jsonl:1: expected a JSON object; found list"),
+    "json": ("a.jsonl", '{"text": "a"}\n{"text"', r"a\.jsonl:2: not valid JSON"),
+    "no object": ("a.jsonl", "[1]", r"a\.jsonl:1: expected a JSON object, found a list"),
     "no text": ("a.jsonl", '{"text": "a"}\n{"body": "b"}', r"a\.jsonl:2: expected `text` or `messages`; found body"),
+    "a field twice": ("a.jsonl", '{"text": "a", "text": "b"}', r"a\.jsonl:1: .*'text' stands there twice"),
+    "NaN": ("a.jsonl", '{"text": "a", "score": NaN}', r"a\.jsonl:1: .*NaN is no JSON"),
+    "half a pair": ("a.jsonl", '{"text": "a \\ud800"}', r"a\.jsonl:1: .*surrogate"),
+    "depth": ("a.jsonl", '{"text": "a"}\n{"x": ' + "[" * 100_000, r"a\.jsonl:2: .*nested too deeply"),
+    "digits": ("a.jsonl", '{"text": "a", "x": ' + "1" * 5_000 + "}", r"a\.jsonl:1: not valid JSON"),
     "both": ("a.jsonl", '{"text": "a", "messages": []}', r"a\.jsonl:1: .*found both"),
     "empty text": ("a.jsonl", '{"text": " "}', r"a\.jsonl:1: the text is empty"),
     "no messages": ("a.jsonl", '{"messages": []}', r"a\.jsonl:1: expected `messages`"),
@@ -61,6 +67,19 @@ BROKEN = {
     "fields": ("a.csv", "text,label\na,b\nc,d,e", r"a\.csv:3: expected 2 fields.*found 3"),
     "quotes": ("a.csv", 'text,label\n"a"b,c', r"a\.csv:2: not CSV"),
 }
+
+
+def test_blanks_by_the_hundred_thousand_take_no_time(tmp_path):
+    long = " " * 300_000
+    found = data.read(write(tmp_path, "a.txt", f"{long}\n one\n  two \n{long}\n\n{long}three"))
+    assert [one.text for one in found] == [" one\n  two", f"{long}three"]
+    assert [one.where.rpartition(":")[2] for one in found] == ["2", "6"]
+
+
+def test_a_pipe_is_no_file(tmp_path):
+    os.mkfifo(tmp_path / "a.txt")
+    with pytest.raises(data.DataError, match="expected an ordinary file, found a pipe"):
+        data.read(tmp_path / "a.txt")
 
 
 @pytest.mark.parametrize("row", BROKEN)

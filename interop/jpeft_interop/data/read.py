@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import csv
 import io
-import json
-import re
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from jpeft.strict_json import open_file, parse_json_object
 from jpeft_interop.data.errors import DataError
 from jpeft_interop.data.records import Conversation, Document, Labelled, Message, Record
 
+SHOWN = 10  # fields, in an error
 T = TypeVar("T")
 Rows = Iterator[tuple[str, Mapping[str, Any]]]
 
@@ -38,7 +39,7 @@ def read(path: str | Path, *, whole: bool = False) -> list[Record]:
       >>> [record.text for record in read(path)]
       ['one', 'two']
     """
-    return _some(Path(path), [_unlabelled(row, where) for where, row in _rows(Path(path), whole)])
+    return parse(_content(Path(path)), Path(path), whole)
 
 
 def read_labelled(path: str | Path) -> list[Labelled]:
@@ -48,10 +49,25 @@ def read_labelled(path: str | Path) -> list[Labelled]:
       DataError: a row lacks either, or the file is neither of the two; names file and line.
       OSError: the file can't be read.
     """
-    path = Path(path)
+    return parse_labelled(_content(Path(path)), Path(path))
+
+
+def parse(content: bytes, path: Path, whole: bool = False) -> list[Record]:
+    """`read`, of what is in the file; `path` names it in errors, and its ending says which kind it is."""
+    return _some(path, [_unlabelled(row, where) for where, row in _rows(content, path, whole)])
+
+
+def parse_labelled(content: bytes, path: Path) -> list[Labelled]:
+    """`read_labelled`, of what is in the file."""
     if path.suffix == ".txt":
         raise DataError(f"{path}: classification needs labels, which a .txt has not; give a .csv with text and label")
-    return _some(path, [_labelled(row, where) for where, row in _rows(path, False)])
+    return _some(path, [_labelled(row, where) for where, row in _rows(content, path, False)])
+
+
+def _content(path: Path) -> bytes:
+    path.stat()  # an OSError, where it is not there
+    with os.fdopen(open_file(path, DataError), "rb") as file:
+        return file.read()
 
 
 def _some(path: Path, records: list[T]) -> list[T]:
@@ -60,20 +76,19 @@ def _some(path: Path, records: list[T]) -> list[T]:
     return records
 
 
-def _rows(path: Path, whole: bool) -> Rows:
+def _rows(content: bytes, path: Path, whole: bool) -> Rows:
     match path.suffix:
         case ".txt":
-            return _documents(path, whole)
+            return _documents(content, path, whole)
         case ".jsonl":
-            return _json_lines(path)
+            return _json_lines(content, path)
         case ".csv":
-            return _csv_rows(path)
+            return _csv_rows(content, path)
     raise DataError(f"{path}: expected a file that ends in .txt, .jsonl or .csv; found {path.suffix or 'no ending'!r}")
 
 
-def _text_of(path: Path) -> str:
+def _text_of(content: bytes, path: Path) -> str:
     """The file's text, its line ends as they are."""
-    content = path.read_bytes()
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -81,28 +96,31 @@ def _text_of(path: Path) -> str:
         raise DataError(f"{path}:{line}: expected UTF-8; found byte {error.object[error.start]:#04x}") from None
 
 
-def _documents(path: Path, whole: bool) -> Rows:
-    text = _text_of(path).replace("\r\n", "\n")
-    for found in re.finditer(r"\S(?s:.*)" if whole else r"(?:.*\S.*(?:\n|\Z))+", text):
-        yield f"{path}:{text.count(chr(10), 0, found.start()) + 1}", {"text": found.group().rstrip()}
+def _documents(content: bytes, path: Path, whole: bool) -> Rows:
+    text = _text_of(content, path).replace("\r\n", "\n")
+    if whole:
+        found = text.lstrip()
+        lines = text.count("\n", 0, len(text) - len(found)) + 1
+        yield from [(f"{path}:{lines}", {"text": found.rstrip()})] if found else []
+        return
+    document: list[str] = []
+    for number, line in enumerate([*text.split("\n"), ""]):
+        if line and not line.isspace():
+            document.append(line)
+        elif document:
+            yield f"{path}:{number - len(document) + 1}", {"text": "\n".join(document).rstrip()}
+            document = []
 
 
-def _json_lines(path: Path) -> Rows:
-    for number, line in enumerate(_text_of(path).split("\n"), 1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{where}: not JSON: {error.msg} at column {error.colno}") from None
-        if not isinstance(row, dict):
-            raise DataError(f"{where}: expected a JSON object; found {type(row).__name__}")
-        yield where, row
+def _json_lines(content: bytes, path: Path) -> Rows:
+    for number, line in enumerate(_text_of(content, path).split("\n"), 1):
+        if line and not line.isspace():
+            where = f"{path}:{number}"
+            yield where, parse_json_object(line.encode(), where, DataError)
 
 
-def _csv_rows(path: Path) -> Rows:
-    text = _text_of(path)
+def _csv_rows(content: bytes, path: Path) -> Rows:
+    text = _text_of(content, path)
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     header: list[str] | None = None
     limit = csv.field_size_limit(len(text) + 1)  # csv's own, 131,072 characters, is too short for documents
@@ -123,7 +141,9 @@ def _csv_rows(path: Path) -> Rows:
 
 def _header(row: list[str], where: str) -> list[str]:
     if "text" not in row or len(set(row)) != len(row):
-        raise DataError(f"{where}: expected a header that names each column once, `text` among them; found {row}")
+        raise DataError(
+            f"{where}: expected a header that names each column once, `text` among them; found {row!s:.300}"
+        )
     return row
 
 
@@ -138,7 +158,7 @@ def _unlabelled(row: Mapping[str, Any], where: str) -> Record:
 def _labelled(row: Mapping[str, Any], where: str) -> Labelled:
     text, label = _text(row, where, "`text` and `label`"), row.get("label")
     if isinstance(label, bool) or not isinstance(label, (str, int)) or label == "":
-        raise DataError(f"{where}: expected a `label`, a string or an integer; found {label!r}")
+        raise DataError(f"{where}: expected a `label`, a string or an integer; found {label!r:.100}")
     return Labelled(text, label, where)
 
 
@@ -152,7 +172,8 @@ def _text(row: Mapping[str, Any], where: str, expected: str) -> str:
 
 
 def _fields(row: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} ({type(value).__name__})" for name, value in row.items()) or "no fields"
+    shown = [f"{name:.60} ({type(value).__name__})" for name, value in list(row.items())[:SHOWN]]
+    return ", ".join([*shown, "…"] if len(row) > SHOWN else shown) or "no fields"
 
 
 def _messages(messages: Any, where: str) -> tuple[Message, ...]:
