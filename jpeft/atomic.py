@@ -1,16 +1,20 @@
 """Files and folders that appear whole or not at all.
 
-`fill` writes into a hidden folder beside the target; only when all is written and synced to the disk is it
-renamed into place. Guaranteed, on a local POSIX file system:
+`fill` writes into a hidden folder beside the target. Only when all is written and synced to the disk does it change
+places with what is there, and the folder that it lies in is synced too. Guaranteed, on a local POSIX file system:
 
-- when `fill` raises, or the process dies in it, the target is as it was;
-- the target never holds some old and some new content;
+- when `fill` or a call of the system fails, or the process dies anywhere, the target is the old one or the new one,
+  whole; after an error it is the old one;
+- the target is never absent, where two folders can be exchanged in one step (Linux and macOS, on most file systems);
 - after a return, new content survives a power cut;
-- nothing is lost that the new content does not replace: a folder with other things in it is refused.
+- nothing is lost that the new content does not replace: a folder with other things in it is refused;
+- of two writers at once, the later one wins, whole. What a dead writer left goes with the next write, a living one's
+  stays.
 
-Not guaranteed: replacing a folder takes two renames (POSIX has no exchange), and in the instant between them the target
-is absent. A process that dies just there leaves the old folder under a hidden name, and the next write to the same
-target puts it back first, and removes what dead processes left. Of two writers at once, the later one wins, whole.
+Not guaranteed: where nothing can be exchanged (NFS, for one), replacing a folder takes two renames, and in the instant
+between them the target is absent. A process that dies just there leaves the old folder under a hidden name, and the
+next write puts it back first. A reader that opens one file of a folder before and another one after the exchange has
+files of both: jpeft's own carry a digest, by which its loaders notice.
 """
 
 from __future__ import annotations
@@ -26,6 +30,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from jpeft.errors import JpeftError
+from jpeft.exchange import exchange
 
 try:
     import fcntl
@@ -85,10 +90,9 @@ def write_file(path: str | os.PathLike, fill: Callable[[Path], None]) -> None:
     with _room_beside(target) as room:
         fresh = room / target.name
         fill(fresh)
-        if target.exists():
-            shutil.copymode(target, fresh)
         _sync(fresh)
-        os.replace(fresh, target)
+        with locked(target.parent):
+            _swap_in(fresh, target)
 
 
 def _mode(target: Path, absent: int) -> int:
@@ -101,7 +105,7 @@ def _mode(target: Path, absent: int) -> int:
 @contextlib.contextmanager
 def _room_beside(target: Path) -> Iterator[Path]:
     """A hidden folder on the target's file system, locked while this process lives, and removed at the end."""
-    target.parent.mkdir(parents=True, exist_ok=True)
+    _make(target.parent)
     room = _hidden(target, NEW)
     with locked(target.parent):
         _recover(target)
@@ -110,11 +114,18 @@ def _room_beside(target: Path) -> Iterator[Path]:
         _try_lock(alive, wait=False)
     try:
         yield room
-        _sync(target.parent)
     finally:
-        with locked(target.parent):
+        with contextlib.suppress(OSError), locked(target.parent):  # what stays, the next write removes
             shutil.rmtree(room, ignore_errors=True)
         os.close(alive)
+
+
+def _make(folder: Path) -> None:
+    """The folder and its parents, each entry on the disk."""
+    if not folder.exists():
+        _make(folder.parent)
+        folder.mkdir(exist_ok=True)
+        _sync(folder.parent)
 
 
 @contextlib.contextmanager
@@ -183,18 +194,42 @@ def _refuse_loss(target: Path, fresh: Path, replaceable: Callable[[str], bool]) 
 
 
 def _swap_in(fresh: Path, target: Path) -> None:
-    if not target.exists():
-        os.rename(fresh, target)
-        return
-    away = _hidden(target, OLD)
-    shutil.copymode(target, fresh)
-    os.rename(target, away)
+    """Puts the new one in place of the old one, on the disk too; where that fails, the old one again."""
+    there = target.exists()
+    if there:
+        shutil.copymode(target, fresh)
+    back = _swap(fresh, target, there)
     try:
-        os.rename(fresh, target)
+        _sync(target.parent)
     except OSError:
-        os.rename(away, target)
+        back()
         raise
-    shutil.rmtree(away, ignore_errors=True)
+
+
+def _swap(fresh: Path, target: Path, there: bool) -> Callable[[], object]:
+    """The new one takes the name, and the old one the new one's, if it can; gives what undoes that."""
+    if not there:
+        os.rename(fresh, target)
+        return lambda: os.rename(target, fresh)
+    if exchange(fresh, target):
+        return lambda: exchange(fresh, target)
+    if target.is_file():
+        os.replace(fresh, target)
+        return lambda: None  # the old one is gone
+    _exchange_by_renames(fresh, target)
+    return lambda: _exchange_by_renames(fresh, target)
+
+
+def _exchange_by_renames(fresh: Path, target: Path) -> None:
+    away, done = _hidden(target, OLD), []
+    try:
+        for move in ((target, away), (fresh, target), (away, fresh)):
+            os.rename(*move)
+            done.append(move)
+    except OSError:
+        for before, after in reversed(done):
+            os.rename(after, before)
+        raise
 
 
 def _sync_all(folder: Path) -> None:

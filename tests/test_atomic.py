@@ -1,3 +1,4 @@
+import errno
 import multiprocessing
 import os
 import signal
@@ -6,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from jpeft import atomic
 from jpeft.atomic import write_file, write_folder
 from jpeft.errors import JpeftError
+from jpeft.exchange import exchange
 
 
 def contents(folder):
@@ -100,21 +103,19 @@ def test_what_is_no_file_or_folder_is_refused(tmp_path):
 
 
 def die_in(stage, target):
-    """Kill this process while it fills, or between its two renames."""
-    rename = os.rename
-
-    def rename_and_die(source, destination):
-        rename(source, destination)
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    if stage == "swap":
-        os.rename = rename_and_die
-        write_folder(target, filler(x="2"))
-    else:
-        write_folder(target, lambda folder: os.kill(os.getpid(), signal.SIGKILL))
+    """Kill this process while it fills, right after the exchange, or between the renames that stand in for it."""
+    rename, die = os.rename, lambda: os.kill(os.getpid(), signal.SIGKILL)
+    if stage == "fill":
+        write_folder(target, lambda folder: die())
+    if stage == "exchange":
+        atomic.exchange = lambda a, b: exchange(a, b) and die()
+    if stage == "renames":
+        atomic.exchange = lambda a, b: False
+        os.rename = lambda a, b: (rename(a, b), die())
+    write_folder(target, filler(x="2"))
 
 
-@pytest.mark.parametrize("stage", ["fill", "swap"])
+@pytest.mark.parametrize("stage", ["fill", "exchange", "renames"])
 def test_a_killed_process_loses_nothing(tmp_path, stage):
     target = tmp_path / "out"
     write_folder(target, filler(x="1"))
@@ -122,12 +123,45 @@ def test_a_killed_process_loses_nothing(tmp_path, stage):
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL
-    assert target.exists() == (stage == "fill") and len(os.listdir(tmp_path)) == 2
+    assert target.exists() == (stage != "renames") and len(os.listdir(tmp_path)) == 2
     with pytest.raises(RuntimeError):  # a next write puts the old one back, whatever becomes of itself
         write_folder(target, lambda folder: (_ for _ in ()).throw(RuntimeError))
-    assert contents(tmp_path) == {"out/x": "1"}
+    assert contents(tmp_path) == {"out/x": "2" if stage == "exchange" else "1"}
     write_folder(target, filler(x="3"))
     assert contents(tmp_path) == {"out/x": "3"} and os.listdir(tmp_path) == ["out"]
+
+
+def test_two_folders_change_places(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").write_text("1")
+    assert exchange(tmp_path / "a", tmp_path / "b")  # Linux and macOS, on the file systems that tests run on
+    assert (tmp_path / "a").read_text() == "1" and (tmp_path / "b").is_dir()
+    with pytest.raises(FileNotFoundError):
+        exchange(tmp_path / "a", tmp_path / "none")
+
+
+@pytest.mark.parametrize("can_exchange", [True, False])
+@pytest.mark.parametrize("write", [write_folder, write_file])
+def test_a_parent_that_does_not_sync_gets_the_old_one_back(tmp_path, monkeypatch, write, can_exchange):
+    target, sync = tmp_path / "out", atomic._sync
+
+    def fill(text):
+        return (lambda path: (path / "x").write_text(text)) if write is write_folder else lambda p: p.write_text(text)
+
+    def fails(path):
+        if path == tmp_path:
+            raise OSError(errno.EIO, "no such luck")
+        sync(path)
+
+    write(target, fill("1"))
+    before = contents(tmp_path)
+    if not can_exchange:
+        monkeypatch.setattr(atomic, "exchange", lambda a, b: False)
+    monkeypatch.setattr(atomic, "_sync", fails)
+    with pytest.raises(OSError, match="no such luck"):
+        write(target, fill("2"))
+    kept = can_exchange or write is write_folder  # a file that can only be replaced is gone
+    assert (contents(tmp_path) == before) == kept and os.listdir(tmp_path) == ["out"]
 
 
 def test_a_living_writer_is_left_alone(tmp_path):
