@@ -195,15 +195,18 @@ def _check(adapter: Adapter, path: str) -> None:
         apart = site if site.method == "ia3" else replace(site, path="")
         if apart not in known:
             known[apart] = _shapes(adapter, site)
+        found = {name: leaf.shape for name, leaf in adapter.leaves(where).items() if name != "mask"}
+        if found.keys() != known[apart].keys():
+            told = f"expected the leaves {sorted(known[apart])}, found {sorted(found)!s:.200}"
+            raise AdapterError(f"{path}: {where!r:.200} does not hold what {site.method!r} needs: {told}")
         for leaf, shape in known[apart].items():
-            found = adapter.leaves(where).get(leaf)
-            if found is not None and found.shape != shape:
-                raise AdapterError(f"{path}: {leaf!r} of {where!r:.200}: expected shape {shape}, found {found.shape}")
+            if found[leaf] != shape:
+                raise AdapterError(f"{path}: {leaf!r} of {where!r:.200}: expected shape {shape}, found {found[leaf]}")
         _check_mask(adapter, site, path)
         try:
             METHODS[site.method].matrices(adapter.leaves(where), site.kernel)
         except (KeyError, TypeError) as error:
-            raise AdapterError(f"{path}: {where!r} does not hold what {site.method!r} needs: {error}") from error
+            raise AdapterError(f"{path}: {where!r:.200} does not hold what {site.method!r} needs: {error}") from None
 
 
 def _check_mask(adapter: Adapter, site: Site, path: str) -> None:
@@ -235,6 +238,11 @@ def _meta_from_json(text: str, path: str) -> Meta:
         raise AdapterError(f"{where}: unknown method {method!r:.100}; this jpeft knows {', '.join(SPECS)}")
     spec = from_json(SPECS[method], found["spec"], f"{where}: spec")
     sites = tuple(_site(site, f"{where}: sites[{i}]") for i, site in enumerate(found["sites"]))
+    for site in sites:
+        if site.method not in (method, "replacement"):
+            raise AdapterError(
+                f"{where}: {site.path!r:.200} has the method {site.method!r}, in an adapter of {method!r}"
+            )
     if len({site.path for site in sites}) != len(sites):
         raise AdapterError(f"{where}: a path has two sites")
     return Meta(spec, sites)

@@ -80,20 +80,53 @@ def load_peft(
         params; or the files have changed since they were written, or are for another base. Nothing is applied or
         kept. `provenance` tells whether that was known.
     """
-    folder = Path(folder)
-    config = read_peft_config(folder)
-    flat = flatten(params)
+    folder, flat = Path(folder), flatten(params)
     layout = default_layout(flat) if layout is None else layout
     layout.check(flat)
+    config = _config_object(folder)
     tensors, metadata = _read_tensors(folder, MOST_KEYS * (1 + len(layout.by_key)))
+    return parse_peft(
+        folder,
+        config,
+        tensors,
+        metadata,
+        flat,
+        layout,
+        kernels=kernels,
+        blocks=blocks,
+        check_digest=check_digest,
+        check_base=check_base,
+    )
+
+
+def parse_peft(
+    folder: Path,
+    config: Mapping[str, Any],
+    tensors: Tensors,
+    metadata: Mapping[str, str],
+    flat: Mapping[str, Any],
+    layout: Layout,
+    *,
+    kernels: Kernels | None = None,
+    blocks: bool = True,
+    check_digest: bool = True,
+    check_base: bool = True,
+) -> Adapter:
+    """`load_peft`, of what is in the files of a folder; `folder` names them in errors.
+
+    Raises:
+      AdapterError: as `load_peft`.
+    """
     file = str(folder / WEIGHTS)
-    reading = _Reading(file, config, flat, layout, kernels or layout.kernels, tensors, blocks)
+    checked = read_config(config, str(folder / CONFIG))
+    reading = _Reading(file, checked, flat, layout, kernels or layout.kernels, tensors, blocks)
     try:
+        _check_kinds(file, tensors)
         stated = read_stated(file, metadata)
         reading.check_keys_and_shapes()
         _check_values(file, tensors)
         if stated is not None and check_digest:
-            stated.check_digest(tensors, read_config_object(folder))
+            stated.check_digest(tensors, config)
         if stated is not None and stated.base is not None and check_base:
             found = base_fingerprint(adapted_keys(tensors, layout), layout, flat)
             require_base(file, stated.base, found, "load_peft(..., check_base=False)")
@@ -112,10 +145,13 @@ def read_peft_config(folder: str | os.PathLike[str]) -> PeftConfig:
     Raises:
       AdapterError: it is not there, or not one that can be done here.
     """
-    file = Path(folder) / CONFIG
-    if not os.path.lexists(file):
+    return read_config(_config_object(Path(folder)), str(Path(folder) / CONFIG))
+
+
+def _config_object(folder: Path) -> dict[str, Any]:
+    if not os.path.lexists(folder / CONFIG):
         raise AdapterError(f"{folder}: no {CONFIG} there; is it an adapter's folder?")
-    return read_config(read_config_object(folder), str(file))
+    return read_config_object(folder)
 
 
 def _read_tensors(folder: Path, most: int) -> tuple[Tensors, dict[str, str]]:
@@ -123,18 +159,20 @@ def _read_tensors(folder: Path, most: int) -> tuple[Tensors, dict[str, str]]:
     if not os.path.lexists(file):
         hint = f"; {PICKLE} is a pickle, which is never read: save it again with safe_serialization=True"
         raise AdapterError(f"{folder}: no {WEIGHTS} there{hint if (folder / PICKLE).exists() else ''}")
-    tensors, metadata = read_safetensors(file, AdapterError, ADAPTER_HEADER_BYTES, most)
+    return read_safetensors(file, AdapterError, ADAPTER_HEADER_BYTES, most)
+
+
+def _check_kinds(file: str, tensors: Tensors) -> None:
     for key in tensors:
         shape, dtype = tensors.spec(key)
         if not jnp.issubdtype(dtype, jnp.floating) or not shape:
             raise AdapterError(f"{file}: key {key!r:.200}: expected an array of floats, found {dtype} {shape}")
-    return tensors, metadata
 
 
 def _check_values(file: str, tensors: Tensors) -> None:
     for key, tensor in tensors.items():
         if not is_finite(tensor):
-            raise AdapterError(f"{file}: key {key!r} holds values that are not finite")
+            raise AdapterError(f"{file}: key {key!r:.200} holds values that are not finite")
 
 
 @dataclass(frozen=True)

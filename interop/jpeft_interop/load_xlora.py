@@ -33,6 +33,7 @@ from jpeft_interop.provenance import read_config_object
 from jpeft_interop.safetensors_file import read_safetensors
 from jpeft_interop.xlora_config import XLoraConfig, read_xlora_config
 
+DEEPEST = 100  # layers of a classifier
 PREFIX = "base_model.internal_xlora_classifier.layers."
 REPAIR = (
     "Where the PEFT model still lives, write them beside it: safetensors.torch.save_file({k: v for k, v in "
@@ -83,6 +84,8 @@ def _classifier(file: Path, config: XLoraConfig) -> list[dict[str, np.ndarray]]:
     if not file.exists():
         raise AdapterError(f"{file.parent}: no {WEIGHTS} there; it should hold the classifier")
     spec, (tensors, _) = config.spec, read_safetensors(file, AdapterError, ADAPTER_HEADER_BYTES)
+    if spec.depth > DEEPEST:
+        raise AdapterError(f"{file.parent / CONFIG}: 'xlora_depth' is {spec.depth}; expected at most {DEEPEST}")
     between = 3 if spec.dropout > 0 else 2  # torch counts the ReLU and the dropout, too
     wanted = [f"{PREFIX}{i * between}.{leaf}" for i in range(spec.depth) for leaf in ("weight", "bias")]
     if lost := [key for key in wanted if key not in tensors]:

@@ -10,6 +10,7 @@ from jpeft.errors import AdapterError, SpecError
 from jpeft.spec import Spec
 from jpeft.tree import nearest
 from jpeft_interop.peft_types import TYPES, PeftType, type_of
+from jpeft_interop.peft_types.fields import is_inert
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def read_config(found: Mapping[str, Any], file: str) -> PeftConfig:
     config = dict(kind.defaults) | dict(found)
     known = {*kind.fields, *kind.refused, *kind.history}
     for name in found:
-        if name not in known and not _is_inert(found[name]):
+        if name not in known and not is_inert(found[name]):
             raise AdapterError(
                 f"{file}: unknown field {name!r:.100}, set to {found[name]!r:.100}: expected null, false or nothing "
                 f"where it is not known what it means; the nearest known is {nearest(name, sorted(known), 1)}"
@@ -57,11 +58,6 @@ def read_config(found: Mapping[str, Any], file: str) -> PeftConfig:
         raise AdapterError(f"{file}: {error}") from error
     names = tuple(config.get("target_parameters") or ())
     return PeftConfig(spec, config["base_model_name_or_path"], config["task_type"], config["fan_in_fan_out"], names)
-
-
-def _is_inert(value: Any) -> bool:
-    """Whether a field that a newer PEFT writes does nothing, by its value: a number always says something."""
-    return value is None or value is False or (isinstance(value, str | list | dict) and not value)
 
 
 def _check_fields(kind: PeftType, config: Mapping[str, Any], file: str) -> None:

@@ -40,7 +40,7 @@ class Tensors(Mapping[str, np.ndarray]):
     Who truncates the file meanwhile kills the process (as with any mapped file); one replaced by renaming is safe.
     """
 
-    def __init__(self, path: str, entries: Mapping[str, Entry], mapped: mmap.mmap):
+    def __init__(self, path: str, entries: Mapping[str, Entry], mapped: mmap.mmap | bytes):
         self.path = path
         self._entries = entries
         self._mapped = mapped
@@ -70,7 +70,7 @@ class Tensors(Mapping[str, np.ndarray]):
         entry = self._entries[key]
         first = -(-(entry.begin + begin) // mmap.PAGESIZE) * mmap.PAGESIZE  # whole pages, and no neighbour's
         last = entry.end if end is None else entry.begin + end
-        if hasattr(self._mapped, "madvise") and last > first:
+        if not isinstance(self._mapped, bytes) and hasattr(self._mapped, "madvise") and last > first:
             self._mapped.madvise(mmap.MADV_DONTNEED, first, last - first)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from jpeft.errors import AdapterError, SpecError
 from jpeft.xlora import XLoRA
+from jpeft_interop.peft_types.fields import is_inert
 
 # PEFT's name, ours, and the types of its values.
 FIELDS: tuple[tuple[str, str, tuple[type, ...]], ...] = (
@@ -52,8 +53,9 @@ def read_xlora_config(found: Mapping[str, Any], file: str) -> XLoraConfig:
         hint = "; use jpeft_interop.load_peft(folder, params)" if found.get("peft_type") == "LORA" else ""
         raise AdapterError(f"{file}: 'peft_type': expected 'XLORA', found {found.get('peft_type')!r}{hint}")
     known = {theirs for theirs, _, _ in FIELDS}
-    if unknown := sorted(set(found) - known - {*ABOUT, *OWN}):
-        raise AdapterError(f"{file}: options that are not known here: {', '.join(unknown)}")
+    foreign = set(found) - known - {*ABOUT, *OWN}
+    if unknown := sorted(name for name in foreign if not is_inert(found[name])):
+        raise AdapterError(f"{file}: options that are not known here: {', '.join(unknown)!s:.300}")
     options = {ours: _typed(found, theirs, types, file) for theirs, ours, types in FIELDS if theirs in found}
     try:
         spec = XLoRA(**options)

@@ -120,6 +120,8 @@ def _check_tensors(tensors: dict[str, np.ndarray], metadata: dict[str, str], fil
 def _classifier(tensors: dict[str, Any], spec: XLoRA, outputs: tuple[int, ...], file: Path) -> Classifier:
     """The layers, with every leaf there, nothing left over, and shapes that follow from each other."""
     leaves = ("kernel", "bias") if spec.bias else ("kernel",)
+    if spec.depth > len(tensors):  # of which nothing is made before
+        raise AdapterError(f"{file}: the spec has the depth {spec.depth}, and there are {len(tensors)} tensors")
     keys = {f"{i}/{leaf}" for i in range(spec.depth) for leaf in leaves}
     if set(tensors) != keys:
         raise AdapterError(f"{file}: expected the tensors {sorted(keys)}, found {sorted(tensors)}")

@@ -26,6 +26,11 @@ def is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MOST
 
 
+def is_inert(value: Any) -> bool:
+    """Whether a field that a newer PEFT writes does nothing, by its value: a number always says something."""
+    return value is None or value is False or (isinstance(value, str | list | dict) and not value)
+
+
 def is_names(value: Any) -> bool:
     """Whether it is a list of strings."""
     return isinstance(value, list) and all(isinstance(name, str) for name in value)
