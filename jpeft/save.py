@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from jpeft.adapter import Adapter, Meta, Part
@@ -31,6 +32,7 @@ FORMAT, UNSIGNED = "jpeft-2", "jpeft-1"  # the second has no digest
 KINDS = ("product", "embedding", "conv", "replacement")
 KNOWN = {FORMAT: {"format", "meta", "digest", "base"}, UNSIGNED: {"format", "meta"}}
 MOST_MATRICES, MOST_ENTRIES, MOST_RANK = 1 << 20, 1 << 48, 1 << 20  # of one weight
+MOST_KINDS = 500  # of weights, by all but their paths
 
 
 def save(path: str | os.PathLike[str], adapter: Adapter, *, params: Any = None) -> None:
@@ -43,6 +45,7 @@ def save(path: str | os.PathLike[str], adapter: Adapter, *, params: Any = None) 
 
     Raises:
       AdapterError: an array is not finite.
+      OSError: it can't be written; then what was there still is.
 
     Example:
       >>> import jax, jpeft, tempfile
@@ -62,7 +65,14 @@ def save(path: str | os.PathLike[str], adapter: Adapter, *, params: Any = None) 
     if params is not None and (base := base_fingerprint(params, adapter)) is not None:
         metadata["base"] = base
     metadata["digest"] = digest(tensors, metadata)
-    write_file(path, lambda file: save_file(tensors, file, metadata))
+    write_file(path, lambda file: _write(file, tensors, metadata))
+
+
+def _write(file: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
+    try:
+        save_file(tensors, file, metadata)
+    except SafetensorError as error:  # which is what the library calls a full disk
+        raise OSError(f"{file.name}: {error}; nothing was written") from error
 
 
 def _finite(array: np.ndarray, where: str, leaf: str) -> np.ndarray:
@@ -190,31 +200,30 @@ def _check(adapter: Adapter, path: str) -> None:
     for where in sites:
         if where not in adapter.trained:
             raise AdapterError(f"{path}: {where!r:.200} has an entry in the metadata but no arrays")
-    known: dict[Site, dict[str, tuple[int, ...]]] = {}  # most weights of a model have one of a few shapes
+    known: dict[Any, dict[str, tuple[int, ...]]] = {}  # most weights of a model have one of a few shapes
     for where, site in sites.items():
-        apart = site if site.method == "ia3" else replace(site, path="")
-        if apart not in known:
-            known[apart] = _shapes(adapter, site)
+        kind = (replace(site, path=""), getattr(adapter.spec, "is_feedforward", lambda _: None)(where))
+        if kind not in known:
+            known[kind] = _shapes(adapter, site)
+        if len(known) > MOST_KINDS:
+            raise AdapterError(f"{path}: expected at most {MOST_KINDS} kinds of weights and ranks, found more")
         found = {name: leaf.shape for name, leaf in adapter.leaves(where).items() if name != "mask"}
-        if found.keys() != known[apart].keys():
-            told = f"expected the leaves {sorted(known[apart])}, found {sorted(found)!s:.200}"
+        if found.keys() != known[kind].keys():
+            told = f"expected the leaves {sorted(known[kind])}, found {sorted(found)!s:.200}"
             raise AdapterError(f"{path}: {where!r:.200} does not hold what {site.method!r} needs: {told}")
-        for leaf, shape in known[apart].items():
+        for leaf, shape in known[kind].items():
             if found[leaf] != shape:
                 raise AdapterError(f"{path}: {leaf!r} of {where!r:.200}: expected shape {shape}, found {found[leaf]}")
         _check_mask(adapter, site, path)
-        try:
-            METHODS[site.method].matrices(adapter.leaves(where), site.kernel)
-        except (KeyError, TypeError) as error:
-            raise AdapterError(f"{path}: {where!r:.200} does not hold what {site.method!r} needs: {error}") from None
 
 
 def _check_mask(adapter: Adapter, site: Site, path: str) -> None:
     leaves = adapter.leaves(site.path)
     if "mask" in leaves:
-        allowed = lora.mask_shapes(site.kernel, site.rank) if "b" in leaves else [leaves["l"].shape]
+        allowed = [leaves["l"].shape] if "l" in leaves else []
+        allowed = lora.mask_shapes(site.kernel, site.rank) if "b" in leaves else allowed
         if (found := leaves["mask"].shape) not in allowed:
-            raise AdapterError(f"{path}: 'mask' of {site.path!r}: expected a shape of {allowed}, found {found}")
+            raise AdapterError(f"{path}: 'mask' of {site.path!r:.200}: expected a shape of {allowed}, found {found}")
 
 
 def _shapes(adapter: Adapter, site: Site) -> dict[str, tuple[int, ...]]:

@@ -1,6 +1,7 @@
 """The native file says of itself whether it is whole, and which base it is for."""
 
 import json
+from dataclasses import asdict
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import jpeft
+from jpeft.digest import digest
+from jpeft.save import parse
 
 
 def base(seed):
@@ -69,3 +72,54 @@ def test_files_of_before_there_was_a_digest(tmp_path, adapter):
 def metadata(file):
     data = file.read_bytes()
     return json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+
+
+def described(adapter, change):
+    """A file whose digest is right, of tensors and metadata that are changed."""
+    tensors = {f"trained|{path}|{n}": np.asarray(a) for path, ls in adapter.trained.items() for n, a in ls.items()}
+    tensors |= {f"constant|{path}|{n}": np.asarray(a) for path, ls in adapter.constant.items() for n, a in ls.items()}
+    meta = {"method": "lora", "spec": asdict(adapter.spec), "sites": [asdict(site) for site in adapter.sites]}
+    change(meta, tensors)
+    told = {"format": "jpeft-2", "meta": json.dumps(meta)}
+    return tensors, told | {"digest": digest(tensors, told)}
+
+
+def renamed(tensors, old, new):
+    for key in [key for key in tensors if key.endswith(f"|{old}")]:
+        tensors[f"{key.removesuffix(old)}{new}"] = tensors.pop(key)
+
+
+def many_kinds(meta, tensors):
+    """As many sites as a header holds, each of a shape of its own: to look at each kind takes a millisecond."""
+    one = meta["sites"][0]
+    for n in range(2_000):
+        kernel = one["kernel"] | {"shape": (n + 1, 4)}
+        meta["sites"].append(one | {"path": f"p{n}/kernel", "kernel": kernel})
+        tensors[f"trained|p{n}/kernel|a"] = np.zeros((n + 1, 2), np.float32)
+        tensors[f"trained|p{n}/kernel|b"] = np.zeros((2, 4), np.float32)
+        tensors[f"constant|p{n}/kernel|scaling"] = np.ones((), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda meta, tensors: None, None),
+        (lambda meta, tensors: meta["spec"].update(rank="2"), r"field 'rank': expected int, found '2'"),
+        (lambda meta, tensors: meta["spec"].update(rank=True), r"field 'rank': expected int, found True"),
+        (lambda meta, tensors: meta["spec"].update(rank_stabilized="false"), r"expected bool, found 'false'"),
+        (lambda meta, tensors: meta["spec"].update(more=1), r"unknown field 'more'"),
+        (lambda meta, tensors: meta.update(method="os.system"), r"unknown method 'os.system'"),
+        (lambda meta, tensors: meta["sites"][0].update(method="ia3"), r"has the method 'ia3', in an adapter of 'lora'"),
+        (lambda meta, tensors: meta["sites"][0].update(rank=1 << 40), r"no such rank"),
+        (lambda meta, tensors: meta["sites"][0]["kernel"].update(shape=[1 << 40, 1 << 40]), r"the shape of a weight"),
+        (lambda meta, tensors: renamed(tensors, "a", "c"), r"expected the leaves \['a', 'b'.*found \['b', 'c'"),
+        (many_kinds, r"expected at most 500 kinds of weights"),
+    ],
+)
+def test_what_a_file_may_say(adapter, change, told):
+    tensors, metadata = described(adapter, change)
+    if told is None:
+        equal(parse("f", tensors, metadata), adapter)
+        return
+    with pytest.raises(jpeft.AdapterError, match=told):
+        parse("f", tensors, metadata)

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
+from jpeft.adapter_files import adapter_file
 from jpeft.atomic import write_folder
 from jpeft.digest import digest
 from jpeft.errors import AdapterError, SpecError
@@ -69,7 +70,7 @@ def load(folder: str | os.PathLike[str]) -> Mixture:
     folder = Path(folder)
     if not (folder / MAIN).is_file():
         raise AdapterError(f"{folder}: no {MAIN} there; expected a folder that jpeft.xlora.save wrote{_hint(folder)}")
-    mapped, entries, metadata = open_safetensors(folder / MAIN, AdapterError, ADAPTER_HEADER_BYTES)
+    mapped, entries, metadata = open_safetensors(adapter_file(folder, MAIN), AdapterError, ADAPTER_HEADER_BYTES)
     spec, names = _described(metadata, folder / MAIN)
     found = {key: tensor_at(mapped, entry) for key, entry in entries.items()}
     _check_tensors(found, metadata, folder / MAIN)
@@ -77,7 +78,7 @@ def load(folder: str | os.PathLike[str]) -> Mixture:
     for k, name in enumerate(names):
         if not _expert(folder, k).is_file():
             raise AdapterError(f"{folder}: expert {name!r} is missing; expected it in {_expert(folder, k).name}")
-    experts = {name: load_adapter(_expert(folder, k)) for k, name in enumerate(names)}
+    experts = {name: load_adapter(adapter_file(folder, _expert(folder, k).name)) for k, name in enumerate(names)}
     check_experts(spec, experts)
     return Mixture(experts, _classifier(tensors, spec, outputs_of(spec, experts), folder / MAIN), spec, names)
 

@@ -51,6 +51,10 @@ def verify(
         tokenizer = load_tokenizer(hf_folder(model))
         found = compare(model, adapter, [_ids(tokenizer.encode(one), one) for one in texts])
     Console().print(_table(texts, found, tolerance))
+    if adapter is not None:
+        from jpeft_interop.provenance import provenance
+
+        Console().print(f"adapter: {provenance(adapter)}", highlight=False)
     largest = largest_logit_difference(found)
     if not largest <= tolerance:
         typer.echo(f"jpeft: logits differ by {largest:.2e}, more than the tolerance of {tolerance:.0e}", err=True)
