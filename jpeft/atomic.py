@@ -38,6 +38,7 @@ except ImportError:  # no POSIX: then what dead processes left stays
     fcntl = None
 
 NEW, OLD = ".jpeft-new", ".jpeft-old"
+OURS = re.compile(rf"\..+\.[0-9a-f]{{8}}({re.escape(NEW)}|{re.escape(OLD)})")
 
 
 def write_folder(
@@ -68,6 +69,8 @@ def write_folder(
         fresh = room / target.name
         fresh.mkdir()
         fill(fresh)
+        for left in [path for path in fresh.rglob(".*") if _is_left(path)]:  # by a write within this one
+            shutil.rmtree(left)
         _sync_all(fresh)
         with locked(target.parent):
             _refuse_loss(target, fresh, replaceable)
@@ -175,9 +178,16 @@ def _recover(target: Path) -> None:
     for old in olds:
         shutil.rmtree(old, ignore_errors=True)
     for room in _leftovers(target, NEW):
-        with locked(room, wait=False) as dead:
-            if dead:
-                shutil.rmtree(room, ignore_errors=True)
+        if _is_left(room):
+            shutil.rmtree(room, ignore_errors=True)
+
+
+def _is_left(path: Path) -> bool:
+    """Whether it is what a writer left that lives no more."""
+    if not OURS.fullmatch(path.name) or not path.is_dir():
+        return False
+    with locked(path, wait=False) as dead:
+        return dead
 
 
 def _refuse_loss(target: Path, fresh: Path, replaceable: Callable[[str], bool]) -> None:
@@ -186,7 +196,7 @@ def _refuse_loss(target: Path, fresh: Path, replaceable: Callable[[str], bool]) 
     new = {entry.name for entry in os.scandir(fresh) if entry.is_file()}
     old = sorted(os.scandir(target), key=lambda entry: entry.name)
     goes = [entry.name for entry in old if entry.is_dir(follow_symlinks=False) or entry.name not in new]
-    if lost := [name for name in goes if not replaceable(name)]:
+    if lost := [name for name in goes if not replaceable(name) and not _is_left(target / name)]:
         raise JpeftError(
             f"{target} holds things that would be lost: {', '.join(lost[:5])}{', …' if len(lost) > 5 else ''}; the "
             "folder is replaced whole, so choose another one, or move these away"

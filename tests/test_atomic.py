@@ -1,6 +1,7 @@
 import errno
 import multiprocessing
 import os
+import shutil
 import signal
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -173,6 +174,22 @@ def test_a_living_writer_is_left_alone(tmp_path):
 
     write_folder(target, fill)
     assert contents(tmp_path) == {"out/x": "outer"} and os.listdir(tmp_path) == ["out"]
+
+
+def test_what_a_write_within_left_does_not_stay(tmp_path, monkeypatch):
+    target, remove = tmp_path / "out", shutil.rmtree
+    monkeypatch.setattr(atomic.shutil, "rmtree", lambda path, **options: options or remove(path))
+    with monkeypatch.context() as patch:  # nothing is cleaned away at the end of a write
+        patch.setattr(atomic, "_is_left", lambda path: False)
+        write_folder(target, lambda new: write_folder(new / "inner", filler(x="1")))
+    assert len(os.listdir(target)) == 2  # as a writer that was killed would leave it
+    monkeypatch.setattr(atomic.shutil, "rmtree", remove)
+    write_folder(
+        target,
+        lambda new: write_folder(new / "inner", filler(x="2")),
+        replaceable=lambda name: name == "inner",
+    )
+    assert contents(tmp_path) == {"out/inner/x": "2"} and os.listdir(target) == ["inner"]
 
 
 def write_often(target, text):

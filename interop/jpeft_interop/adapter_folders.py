@@ -17,7 +17,7 @@ from jpeft.atomic import write_folder
 from jpeft.errors import AdapterError
 from jpeft_interop.adapter_files import NAME, adapter_file
 from jpeft_interop.layout import Layout
-from jpeft_interop.load_peft import CONFIG, load_peft
+from jpeft_interop.load_peft import CONFIG, WEIGHTS, load_peft
 from jpeft_interop.save_peft import OTHERS, save_peft
 
 DEFAULT = "default"
@@ -36,7 +36,7 @@ def save_adapters(
     """Writes adapters by name into one folder, all or none: PEFT's `load_adapter(folder/name, name)` reads each.
 
     Args:
-      folder: made if need be; one that holds anything else is refused.
+      folder: made if need be; of what it holds, adapters of these names are replaced, and anything else is refused.
       adapters: by name; `default` lies at the root, as PEFT has it.
       params: the base they are for.
       layout: where each path of the params lies in torch, for params with other names or shapes.
@@ -58,7 +58,8 @@ def save_adapters(
                 file.rename(new / file.name)
             (new / DEFAULT).rmdir()
 
-    write_folder(folder, fill, replaceable=lambda name: name in OTHERS)
+    old = Path(folder)
+    write_folder(folder, fill, replaceable=lambda name: name in OTHERS or (name in adapters and _holds_one(old / name)))
 
 
 def load_adapters(
@@ -84,6 +85,12 @@ def load_adapters(
     if not places:
         raise AdapterError(f"{folder}: no {CONFIG} there, nor in a folder below")
     return {name: load_peft(place, params, layout=layout) for name, place in places.items()}
+
+
+def _holds_one(folder: Path) -> bool:
+    """Whether there is an adapter, and nothing else."""
+    names = set(os.listdir(folder))
+    return CONFIG in names and names <= {CONFIG, WEIGHTS, *OTHERS}
 
 
 def _check_name(name: str) -> None:
