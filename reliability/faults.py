@@ -13,12 +13,10 @@ import argparse
 import ctypes
 import errno
 import os
-import pickle
 import shutil
 import subprocess
 import sys
 import tempfile
-import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -30,6 +28,7 @@ from rich.progress import track
 import jpeft
 import jpeft_interop
 from benchmarks.tables import publish, table
+from reliability.forks import in_child, must
 
 SOURCE = Path(__file__).with_suffix(".c")
 KILLED = 0
@@ -89,31 +88,6 @@ def example() -> tuple[Any, Any, Any]:
     return tuple(jax.tree.map(np.asarray, tree) for tree in (params, old, new))
 
 
-def in_child(work: Callable[[], Any]) -> tuple[int, Any]:
-    """How a forked process that does the work ended, and what it gave."""
-    read, write = os.pipe()
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            os.close(read)
-            with os.fdopen(write, "wb") as pipe:
-                pickle.dump(work(), pipe)
-            code = 0
-        except OSError:
-            code = 2
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-    os.close(write)
-    with os.fdopen(read, "rb") as pipe:
-        data = pipe.read()
-    _, status = os.waitpid(child, 0)
-    code = os.waitstatus_to_exitcode(status)
-    return code, pickle.loads(data) if code == 0 else None  # our own child wrote it
-
-
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file below a folder."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
@@ -157,13 +131,6 @@ def tried(kind: str, every: int, shim: Any) -> Found:
             if is_now not in may_be or contents(place) != after:
                 found.broken.append(f"{kind}: {name} at call {number}, {found.calls[number - 1]}: {is_now}, {ended}")
     return found
-
-
-def must(ended: tuple[int, Any]) -> Any:
-    """What a process gave that has to end well."""
-    if ended[0] != 0:
-        raise RuntimeError(f"a process without faults ended with {ended[0]}")
-    return ended[1]
 
 
 def same(found: Any, expected: Any) -> None:
