@@ -19,7 +19,7 @@ from jpeft.errors import JpeftError
 from jpeft.strict_json import open_file, parse_json_object
 
 MAX_HEADER_BYTES, ADAPTER_HEADER_BYTES = 100_000_000, 8_000_000
-MAX_DIMENSIONS, DEPTH = 32, 4
+MAX_DIMENSIONS, DEPTH, LARGEST = 32, 4, 2**63
 ENTRY_BYTES = 160  # of a tensor's entry with a name as they are, which limits how many there may be
 SPARSE, HOLLOW = 1 << 26, 64  # a file larger than that, of which the disk holds less than one part in so many
 DTYPES: Mapping[str, np.dtype] = {
@@ -43,6 +43,7 @@ DTYPES: Mapping[str, np.dtype] = {
     "F64": np.dtype("<f8"),
     "C64": np.dtype("<c8"),
 }
+FIELDS = {"dtype", "shape", "data_offsets"}
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -118,12 +119,12 @@ def _metadata(value: Any, path: str, error: type[JpeftError]) -> dict[str, str]:
 
 def _entry(key: str, value: Any, start: int, path: str, error: type[JpeftError]) -> Entry:
     where = lambda: f"{path}: the header's entry {key!r:.200}"
-    if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
+    if not isinstance(value, dict) or value.keys() != FIELDS:
         raise error(f"{where()}: expected an object with dtype, shape and data_offsets, found {value!r:.200}")
     name, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(name, str) or name not in DTYPES:
         raise error(f"{where()}: the dtype {name!r:.50} is not known; those are: {', '.join(DTYPES)}")
-    if not _are_sizes(shape) or len(shape) > MAX_DIMENSIONS or math.prod(size or 1 for size in shape) >= 2**59:
+    if not _are_sizes(shape) or len(shape) > MAX_DIMENSIONS or _size(shape) >= 2**59:
         raise error(f"{where()}: expected a list of at most {MAX_DIMENSIONS} sizes, found {shape!r:.200}")
     if not _are_sizes(offsets) or len(offsets) != 2:
         raise error(f"{where()}: expected two data_offsets, found {offsets!r:.200}")
@@ -135,8 +136,15 @@ def _entry(key: str, value: Any, start: int, path: str, error: type[JpeftError])
     return Entry(DTYPES[name], tuple(shape), start + begin, start + end)
 
 
+def _size(shape: list[int]) -> int:
+    """As if no axis were empty: NumPy has limits of its own for the others."""
+    return math.prod(shape) or math.prod(size or 1 for size in shape)
+
+
 def _are_sizes(value: Any) -> bool:
-    return isinstance(value, list) and all(type(size) is int and 0 <= size < 2**63 for size in value)
+    if type(value) is not list or not set(map(type, value)) <= {int}:
+        return False
+    return not value or (min(value) >= 0 and max(value) < LARGEST)
 
 
 def _require_gapless(entries: Mapping[str, Entry], start: int, size: int, path: str, error: type[JpeftError]) -> None:

@@ -18,8 +18,8 @@ def load_adapter(path: str | os.PathLike[str], params: Any) -> jpeft.Adapter:
 
     Args:
       path: a folder with `adapter_config.json` and `adapter_model.safetensors`, or a file of `jpeft.save`.
-      params: the base, as `load_model` gives it; of its leaves, shapes are looked at, and the values of embeddings that
-        an adapter folder brings along.
+      params: the base, as `load_model` gives it; of its leaves, shapes are looked at, some values by which a base is
+        known, and those of embeddings that an adapter folder brings along.
 
     Raises:
       AdapterError: there is nothing, or an adapter for another base.
@@ -30,6 +30,6 @@ def load_adapter(path: str | os.PathLike[str], params: Any) -> jpeft.Adapter:
         raise AdapterError(f"{path}: no such folder or file; expected a PEFT folder, or a file of jpeft.save")
     if path.is_dir():
         return load_peft(path, params)
-    adapter = jpeft.load(path)
+    adapter = jpeft.load(path, params=params)
     check_fit(flatten(params), [(adapter, None)])
     return adapter
