@@ -98,7 +98,7 @@ def load(path: str | os.PathLike[str], *, params: Any = None) -> Adapter:
       OSError: there is no such file.
     """
     path = Path(path)
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise FileNotFoundError(f"{path}: no such file")
     mapped, entries, metadata = open_safetensors(path, AdapterError, ADAPTER_HEADER_BYTES)
     adapter = parse(str(path), {key: tensor_at(mapped, entry) for key, entry in entries.items()}, metadata)

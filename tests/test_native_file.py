@@ -1,6 +1,7 @@
 """The native file says of itself whether it is whole, and which base it is for."""
 
 import json
+import os
 from dataclasses import asdict
 
 import jax
@@ -72,6 +73,13 @@ def test_files_of_before_there_was_a_digest(tmp_path, adapter):
 def metadata(file):
     data = file.read_bytes()
     return json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("nowhere", path)])
+def test_what_is_no_file(tmp_path, make):
+    make(tmp_path / "a.safetensors")
+    with pytest.raises(jpeft.AdapterError, match="a pipe|a folder|can't be read"):
+        jpeft.load(tmp_path / "a.safetensors")
 
 
 def described(adapter, change):

@@ -124,8 +124,11 @@ def test_merging_into_another_base_is_refused(tmp_path):
     """Of the same shapes, so that nothing else would tell."""
     _, params = written(tmp_path / "base", normal)
     written(tmp_path / "other", whole)
-    save_peft(tmp_path / "adapter", trained(SPECS["lora"], params, normal), params=params)
-    with pytest.raises(jpeft.AdapterError, match="another base of the same shapes"):
-        merge_folder(tmp_path / "other", tmp_path / "adapter", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-    merge_folder(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    adapter = trained(SPECS["lora"], params, normal)
+    save_peft(tmp_path / "peft", adapter, params=params)
+    jpeft.save(tmp_path / "native.safetensors", adapter, params=params)
+    for place in ("peft", "native.safetensors"):
+        with pytest.raises(jpeft.AdapterError, match="another base of the same shapes"):
+            merge_folder(tmp_path / "other", tmp_path / place, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+    merge_folder(tmp_path / "base", tmp_path / "native.safetensors", tmp_path / "out")
