@@ -136,15 +136,22 @@ def content_digest(
 
 
 def adapted_keys(keys: Iterable[str], layout: Layout) -> set[str]:
-    """The torch names of the weights that a file's keys are factors of."""
+    """The torch names of the weights that a file's keys are factors of; of PEFT's parameters, all of their module."""
     found = set()
     for key in keys:
         module = key.removeprefix("base_model.model.")
         for mark in (".lora_", ".ia3_"):
             name = module.partition(mark)[0]
             if name != module:
-                found |= {one for one in (f"{name}.weight", name) if one in layout.by_key}
+                found |= {one for one in (f"{name}.weight", name) if one in layout.by_key} or _parameters(name, layout)
     return found
+
+
+def _parameters(module: str, layout: Layout) -> set[str]:
+    """The parameters that PEFT adapts as such: it stores them under their module's name, wrapped once for each."""
+    while module.endswith(".base_layer"):
+        module = module.removesuffix(".base_layer")
+    return {name for name in layout.parameters if name.rpartition(".")[0] == module}
 
 
 def base_fingerprint(keys: Iterable[str], layout: Layout, flat: Mapping[str, Any]) -> str | None:

@@ -15,6 +15,7 @@ from jpeft_interop.provenance import provenance
 from llama_layouts import base_here
 from peft_twins import adapted, base, llama, save
 from test_merge_stream import SPECS, normal, trained, whole, written
+from test_peft_experts import mixtral
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -132,3 +133,14 @@ def test_merging_into_another_base_is_refused(tmp_path):
             merge_folder(tmp_path / "other", tmp_path / place, tmp_path / "out")
         assert not (tmp_path / "out").exists()
     merge_folder(tmp_path / "base", tmp_path / "native.safetensors", tmp_path / "out")
+
+
+@pytest.mark.parametrize("names", [["experts.down_proj"], ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]])
+def test_stacked_experts_are_asked_too(names, tmp_path):
+    module, other = base(mixtral), base(mixtral, seed=1)
+    theirs = save(adapted(module, r=2, target_modules=[], target_parameters=names), tmp_path)
+    params = params_from_torch(module)
+    save_peft(tmp_path / "new", load_peft(theirs, params), params=params)
+    assert provenance(tmp_path / "new", params).base == "ok"
+    with pytest.raises(jpeft.AdapterError, match="another base"):
+        load_peft(tmp_path / "new", params_from_torch(other))
