@@ -30,6 +30,7 @@ from jpeft_interop import load_peft, save_peft
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 SECONDS, MEBIBYTES = 1.0, 256
+STATUS = Path("/proc/self/status")
 LAYERS, MODULES = 32, ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 KEY = "base_model.model.model.layers.{}.q_proj.lora_A.weight"
 Spoil = Callable[[Path], Any]
@@ -265,14 +266,15 @@ def measured(act: Callable[[], Any]) -> tuple[str, float, float]:
 
 def reset_peak() -> float:
     """Forgets the peak, as Linux lets a process do for itself; what there is now, in MiB."""
-    Path("/proc/self/clear_refs").write_text("5")
+    if STATUS.exists():
+        (STATUS.parent / "clear_refs").write_text("5")
     return memory("VmRSS")
 
 
 def memory(name: str) -> float:
-    """A line of /proc/self/status, in MiB."""
-    found = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{name}:"))
-    return int(found.split()[1]) / 1024
+    """A line of the process's status, in MiB; elsewhere than on Linux nothing is measured."""
+    lines = STATUS.read_text().splitlines() if STATUS.exists() else []
+    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{name}:")), 0.0)
 
 
 def tried(names: list[str], folder: Path) -> dict[str, tuple[str, float, float]]:
