@@ -15,7 +15,7 @@ import jpeft
 from jpeft.errors import AdapterError, WeightsError
 from jpeft.tree import flatten, replace
 from jpeft_interop.adapter_head import LABEL_LAYERS, labels_of
-from jpeft_interop.load_model import hf_folder, load_model, read_config
+from jpeft_interop.load_model import Home, hf_folder, load_model, read_config
 from jpeft_interop.load_peft import load_peft, read_peft_config
 from jpeft_interop.models import ModelError, Output, build, family, pure
 from jpeft_interop.models.reading import number_of_labels
@@ -70,7 +70,13 @@ class Base:
 
 
 def load_base(
-    folder: str | Path, task: TaskKind, *, dtype: DTypeLike | None = None, labels: int | None = None, key: Any = None
+    folder: str | Path,
+    task: TaskKind,
+    *,
+    dtype: DTypeLike | None = None,
+    labels: int | None = None,
+    key: Any = None,
+    home: Home | None = None,
 ) -> Base:
     """The model of a folder under the task's head.
 
@@ -80,6 +86,7 @@ def load_base(
       dtype: of the params; the weights' own if None.
       labels: of a classifier, how many classes; what the config says if None.
       key: with which to initialise a classifier's head that the folder lacks.
+      home: as of `load_model`.
 
     Raises:
       ModelError: the family has no model for the task.
@@ -89,9 +96,9 @@ def load_base(
     config = read_config(folder)
     architecture = _architecture(config, task, folder)
     if task is CAUSAL_LM:
-        return Base(folder, task, architecture, *load_model(folder, dtype, architecture))
+        return Base(folder, task, architecture, *load_model(folder, dtype, architecture, home=home))
     labels = number_of_labels(config) if labels is None else labels
-    forward, params = load_model(folder, dtype, architecture, init_missing=key)
+    forward, params = load_model(folder, dtype, architecture, init_missing=key, home=home)
     heads = tuple(sorted(set(params) - {family(config.get("model_type")).prefix}))
     if labels != number_of_labels(config):
         _refuse_own_head(folder, heads, number_of_labels(config), labels)

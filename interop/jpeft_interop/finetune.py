@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,16 @@ import jpeft
 from jpeft.atomic import write_file
 from jpeft.errors import JpeftError
 from jpeft.spec import Spec
-from jpeft_interop import data, train
+from jpeft.tree import flatten, replace
+from jpeft_interop import data, processes, train
 from jpeft_interop.base import CAUSAL_LM, CLASSIFICATION, TASKS, Base, load_base
 from jpeft_interop.load_model import hf_folder, read_config
 from jpeft_interop.method_defaults import for_run
 from jpeft_interop.metrics import MetricsLog
+from jpeft_interop.place import Place
 from jpeft_interop.plot import plot_loss, plot_ranks
 from jpeft_interop.progress import watched
-from jpeft_interop.save_peft import save_peft
+from jpeft_interop.save_peft import EMBEDDING_NAMES, save_peft
 from jpeft_interop.snapshots import Snapshots, discard, fingerprint, fingerprint_of_rows
 from jpeft_interop.tokenizer import Tokenizer, load_tokenizer
 
@@ -96,11 +99,19 @@ class Settings:
 
 @dataclass(frozen=True)
 class Result:
-    """What came of it: steps done, and the held-out scores before and after (None where nothing is held out)."""
+    """What came of it.
+
+    Attributes:
+      steps: done.
+      before: the held-out score at the start; None where nothing is held out.
+      after: the same at the end.
+      stopped: whether somebody asked to stop (SIGTERM) before the end; then there are snapshots, and no adapter yet.
+    """
 
     steps: int
     before: train.Score | None
     after: train.Score | None
+    stopped: bool = False
 
 
 @dataclass(frozen=True)
@@ -114,38 +125,53 @@ class Examples:
 
 
 def finetune(
-    model: str | Path, file: str | Path, out: str | Path, settings: Settings, *, console: Console, resume: bool = True
+    model: str | Path,
+    file: str | Path,
+    out: str | Path,
+    settings: Settings,
+    *,
+    console: Console,
+    resume: bool = True,
+    place: Place | None = None,
 ) -> Result:
     """Trains an adapter; `out` gets `adapter/` (PEFT's format), `metrics.jsonl`, `loss.png` and `checkpoints/`.
 
-    A run that was interrupted goes on where its last snapshot was, to the same result bit for bit.
+    A run that was interrupted goes on where its last snapshot was, to the same result bit for bit; on another mesh, or
+    with another number of processes, to the same but for the order of sums. Several processes (see `processes.joined`)
+    all call this; process 0 alone writes and prints. SIGTERM ends the run after the step at hand, with a snapshot.
 
     Args:
       model: a Hugging Face folder, or a GGUF file.
       file: a .txt, .jsonl or .csv file, see `data.read`.
-      out: a folder, made if need be.
+      out: a folder, made if need be; one that all processes see.
       settings: how.
       console: where to show it.
       resume: go on with a run that is there; otherwise its snapshots are dropped.
+      place: the mesh to run on; None is one device.
 
     Raises:
       OSError: a file can't be read or written.
       JpeftError: of the kind that says what is wrong: data, tokenizer, weights, spec, or a run that can't be resumed.
     """
     out = Path(out)
+    if place is not None:
+        place.check_batch(settings.batch_size, settings.accumulate)
     with console.status("Reading the data …"):
         tokenizer = load_tokenizer(hf_folder(model))
         examples = examples_for(file, tokenizer, settings)
     with console.status("Loading the model …"):
-        base = base_for(model, settings, examples.labels)
+        base = base_for(model, settings, examples.labels, place)
         steps = steps_for(settings, examples.rows)
         adapter = adapter_for(base, settings, examples.rows, steps)
     console.print(f"{jpeft.count(base.params, adapter)}", highlight=False)
     console.print(described(examples, steps, settings), highlight=False)
-    if not resume:
+    if not resume and processes.first():
         discard(out / SNAPSHOTS)
-    state, log = _train(base, adapter, examples, steps, settings, out, console)
-    _write(out, state, base, examples, log)
+    processes.together("snapshots are dropped, or stay")
+    state, log = _train(base, adapter, examples, steps, settings, out, console, place)
+    if log.done < steps:
+        return Result(log.done, log.scores.get(0), None, stopped=True)
+    _write(out, state, base, examples, log, place)
     return Result(steps, log.scores.get(0), log.scores.get(steps))
 
 
@@ -163,11 +189,13 @@ def examples_for(file: str | Path, tokenizer: Tokenizer, settings: Settings) -> 
     return Examples(rows(learnt), rows(held_out) if held_out else None)
 
 
-def base_for(model: str | Path, settings: Settings, labels: data.Labels | None) -> Base:
-    """The model under the head of the task."""
+def base_for(model: str | Path, settings: Settings, labels: data.Labels | None, place: Place | None = None) -> Base:
+    """The model under the head of the task, on the mesh if there is one."""
     count = len(labels.names) if labels else None
     key = jax.random.fold_in(jax.random.key(settings.seed), 1)
-    return load_base(model, TASKS[settings.task], dtype=settings.dtype, labels=count, key=key)
+    home = place and place.weight
+    base = load_base(model, TASKS[settings.task], dtype=settings.dtype, labels=count, key=key, home=home)
+    return base if place is None else dataclasses.replace(base, params=place.base(base.params))
 
 
 def adapter_for(base: Base, settings: Settings, rows: data.Rows, steps: int) -> jpeft.Adapter:
@@ -194,34 +222,64 @@ def described(examples: Examples, steps: int, settings: Settings) -> str:
 
 
 def _train(
-    base: Base, adapter: jpeft.Adapter, examples: Examples, steps: int, settings: Settings, out: Path, console: Console
+    base: Base,
+    adapter: jpeft.Adapter,
+    examples: Examples,
+    steps: int,
+    settings: Settings,
+    out: Path,
+    console: Console,
+    place: Place | None,
 ) -> tuple[train.State, MetricsLog]:
     assert settings.lr is not None
     adamw = train.adamw(
         settings.lr, steps, warmup=settings.warmup, clip=settings.clip, weight_decay=settings.weight_decay
     )
     optimizer = train.budgeted(adamw, adapter)
-    batches = data.shuffled(examples.rows, settings.batch_size, settings.seed)
-    state = train.start(adapter, optimizer, jax.random.fold_in(jax.random.key(settings.seed), 2))
-    score = scorer_for(base, examples, settings, console)
-    with Snapshots(out / SNAPSHOTS, _run(base, adapter, examples, steps, settings)) as snapshots:
+    batches = _batches(examples, settings, place)
+    homes = place and partial(place.state, base.params)
+    state = train.start(adapter, optimizer, jax.random.fold_in(jax.random.key(settings.seed), 2), homes=homes)
+    score = scorer_for(base, examples, settings, console, place)
+    made_of = _run(base, adapter, examples, steps, settings)
+    with processes.asked_to_stop() as asked, Snapshots(out / SNAPSHOTS, made_of) as snapshots:
         state = snapshots.restore(state, batches)
-        log = MetricsLog(out / METRICS, done=int(state.step))
+        log = MetricsLog(out / METRICS, int(state.step), writes=processes.first(), agreed=processes.agreed)
         if log.done:
             console.print(f"going on after step {log.done}", highlight=False)
         log.held_out(0, lambda: score(state.adapter))
         step = train.step(
-            base.forward, optimizer, accumulate=settings.accumulate, remat=settings.remat, loss=loss_for(base)
+            base.forward,
+            optimizer,
+            accumulate=settings.accumulate,
+            remat=settings.remat,
+            loss=loss_for(base),
+            homes=place and (place.state(base.params, state), place.whole),
+            parts=place and place.parts,
         )
         run = train.run(step, state, base.params, batches)
         for state, metrics in watched(run, steps, console, done=log.done):
             log.step(metrics)
-            if log.done % settings.save_every == 0 or log.done == steps:
+            stop = asked(log.done)
+            if stop or log.done % settings.save_every == 0 or log.done == steps:
                 snapshots.save(state, batches)
                 if isinstance(adapter.spec, jpeft.AdaLoRA):
-                    log.ranks(jpeft.ranks(state.adapter))
-        log.held_out(steps, lambda: score(state.adapter))
+                    log.ranks(jpeft.ranks(_here(state.adapter, place)))
+            if stop:
+                break
+        if log.done == steps:
+            log.held_out(steps, lambda: score(state.adapter))
     return state, log
+
+
+def _batches(examples: Examples, settings: Settings, place: Place | None) -> Any:
+    size = settings.batch_size
+    if place is None:
+        return data.shuffled(examples.rows, size, settings.seed)
+    return place.batches(data.shuffled(examples.rows, size, settings.seed, place.rows_here(size)), size)
+
+
+def _here(tree: Any, place: Place | None) -> Any:
+    return tree if place is None else place.everywhere(tree)
 
 
 def loss_for(base: Base) -> train.Loss:
@@ -229,15 +287,18 @@ def loss_for(base: Base) -> train.Loss:
     return train.next_token_loss if base.task is CAUSAL_LM else train.loss_of_logits
 
 
-def scorer_for(base: Base, examples: Examples, settings: Settings, console: Console) -> Callable[[Any], Any]:
+def scorer_for(
+    base: Base, examples: Examples, settings: Settings, console: Console, place: Place | None = None
+) -> Callable[[Any], Any]:
     """What scores an adapter on the rows held out; None where there are none."""
-    score = train.scorer(base.forward, loss=loss_for(base))
+    score = train.scorer(base.forward, loss=loss_for(base), home=place and place.whole)
+    put = (lambda batch: batch) if place is None else place.batch
 
     def held_out(adapter: jpeft.Adapter) -> train.Score | None:
         if examples.held_out is None:
             return None
         with console.status("Scoring what is held out …"):
-            return score(base.params, adapter, data.in_order(examples.held_out, settings.batch_size))
+            return score(base.params, adapter, map(put, data.in_order(examples.held_out, settings.batch_size)))
 
     return held_out
 
@@ -255,12 +316,32 @@ def _run(base: Base, adapter: jpeft.Adapter, examples: Examples, steps: int, set
     }
 
 
-def _write(out: Path, state: train.State, base: Base, examples: Examples, log: MetricsLog) -> None:
-    folder, adapter = str(base.folder), state.adapter
+def _write(out: Path, state: train.State, base: Base, examples: Examples, log: MetricsLog, place: Place | None) -> None:
+    """All processes gather what is to be written, process 0 writes it, and all wait for that."""
+    adapter, params = _here(state.adapter, place), _params_to_write(base.params, state.adapter, place)
+    if processes.first():
+        _write_files(out, adapter, params, base, examples, log)
+    processes.together("the adapter is written")
+
+
+def _params_to_write(params: Any, adapter: jpeft.Adapter, place: Place | None) -> Any:
+    """The base, those of its leaves gathered that PEFT stores beside an adapter: of embeddings and heads."""
+    if place is None:
+        return params
+    stored = lambda site: site.method == "replacement" or {*EMBEDDING_NAMES} & {*site.path.split("/")}
+    paths = [site.path for site in adapter.sites if stored(site)]
+    flat = flatten(params)
+    return replace(params, place.everywhere({path: flat[path] for path in paths}))
+
+
+def _write_files(
+    out: Path, adapter: jpeft.Adapter, params: Any, base: Base, examples: Examples, log: MetricsLog
+) -> None:
+    folder = str(base.folder)
     if isinstance(adapter.spec, jpeft.AdaLoRA):
         plot_ranks(out / RANKS, jpeft.ranks(adapter), f"AdaLoRA on {base.folder.name}: the rank of each kernel")
         adapter = jpeft.prune(adapter)
-    save_peft(out / ADAPTER, adapter, params=base.params, base_model=folder, task_type=base.task.peft)
+    save_peft(out / ADAPTER, adapter, params=params, base_model=folder, task_type=base.task.peft)
     held_out = {step: score.loss for step, score in log.scores.items()}
     plot_loss(out / PLOT, log.losses, held_out, f"{type(adapter.spec).__name__} on {base.folder.name}")
     if examples.labels is not None:

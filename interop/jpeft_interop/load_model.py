@@ -32,6 +32,7 @@ from jpeft_interop.torch_table import TorchKey, nest, to_jax
 from jpeft_interop.weights import INDEX, SINGLE, Weights, read_weights
 
 CONFIG = "config.json"
+Home = Callable[[tuple[int, ...]], jax.sharding.Sharding]
 logger = logging.getLogger(__name__)
 
 
@@ -41,6 +42,7 @@ def load_model(
     architecture: str | None = None,
     *,
     init_missing: jax.Array | None = None,
+    home: Home | None = None,
 ) -> tuple[Callable[..., Output], dict[str, Any]]:
     """The model in a folder, as a pure forward and its params.
 
@@ -53,6 +55,8 @@ def load_model(
       dtype: of the params; by default the weights' own.
       architecture: torch's class name, `BertForSequenceClassification`; by default the first that the config names.
       init_missing: a key with which to initialise a head that the folder has no weights for.
+      home: where on a mesh a weight of a shape lives. Each process then reads, and checks, no more than its devices'
+        parts. A head that is initialised stays where it was made.
 
     Returns:
       `(forward, params)`: `forward(params, input_ids, attention_mask=None, ...)` takes transformers' input names and
@@ -80,7 +84,9 @@ def load_model(
     found = match(weights, table, shapes, known, name)
     _log(found.ignored, folder)
     fresh = _initialised(make, found.missing, init_missing, folder, name)
-    leaves = {path: _read(weights, found.sources[path], table[path], dtype) for path in table if path not in fresh}
+    leaves = {
+        path: _read(weights, found.sources[path], table[path], dtype, home) for path in table if path not in fresh
+    }
     return forward, nest({path: fresh[path] if path in fresh else leaves[path] for path in table})
 
 
@@ -129,16 +135,22 @@ def _own_dtype(weights: Weights, folder: Path) -> np.dtype:
     return jnp.dtype(floating[0])
 
 
-def _read(weights: Weights, key: str, entry: TorchKey, dtype: np.dtype) -> jax.Array | np.ndarray:
-    array = weights[key]
+def _read(weights: Weights, key: str, entry: TorchKey, dtype: np.dtype, home: Home | None) -> jax.Array | np.ndarray:
+    array = to_jax(weights[key], entry)
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise WeightsError(f"{weights.file(key)}: {key!r}: expected floating point values, found {array.dtype.name}")
-    if not is_finite(array):
-        raise WeightsError(f"{weights.file(key)}: {key!r} holds values that are not finite")
-    leaf = own(to_jax(array, entry), dtype)
-    if np.finfo(np.float32).max > jnp.finfo(dtype).max and not is_finite(np.asarray(leaf)):
-        raise WeightsError(f"{weights.file(key)}: {key!r} holds values beyond the range of {dtype.name}")
+    part = lambda index: _checked(array[index], dtype, f"{weights.file(key)}: {key!r}")
+    leaf = part(...) if home is None else jax.make_array_from_callback(array.shape, home(array.shape), part)
     weights.release(key)
+    return leaf
+
+
+def _checked(array: np.ndarray, dtype: np.dtype, where: str) -> jax.Array | np.ndarray:
+    if not is_finite(array):
+        raise WeightsError(f"{where} holds values that are not finite")
+    leaf = own(array, dtype)
+    if np.finfo(np.float32).max > jnp.finfo(dtype).max and not is_finite(np.asarray(leaf)):
+        raise WeightsError(f"{where} holds values beyond the range of {dtype.name}")
     return leaf
 
 

@@ -24,15 +24,21 @@ class MetricsLog:
     Args:
       path: the file. Of an earlier run, what came after step `done` is dropped, since those steps come again.
       done: steps done.
+      writes: whether to write, and read, the file. Of several processes one does.
+      agreed: what all processes take for true, of what this one says.
     """
 
-    def __init__(self, path: Path, done: int) -> None:
-        self.path, self.done = path, done
-        kept = [row for row in _rows(path) if row["step"] <= done] if done else []
+    def __init__(
+        self, path: Path, done: int, *, writes: bool = True, agreed: Callable[[bool], bool] = lambda said: said
+    ) -> None:
+        self.path, self.done, self._writes, self._agreed = path, done, writes, agreed
+        kept = [row for row in _rows(path) if row["step"] <= done] if done and writes else []
         self.losses: list[float] = [row["loss"] for row in kept if row["kind"] == STEP]
         self.scores = {
             row["step"]: Score(row["loss"], row["accuracy"], row["labels"]) for row in kept if row["kind"] == HELD_OUT
         }
+        if not writes:
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(map(_line, kept)), encoding="utf-8")
 
@@ -50,13 +56,15 @@ class MetricsLog:
 
     def held_out(self, step: int, score: Callable[[], Score | None]) -> None:
         """Notes the score after so many steps, unless it is noted already, or there is none."""
-        found = None if step in self.scores else score()
+        found = None if self._agreed(step in self.scores) else score()
         if found is not None:
             self.scores[step] = found
             figures = {**dataclasses.asdict(found), "perplexity": found.perplexity}
             self._append({"kind": HELD_OUT, "step": step, **figures})
 
     def _append(self, row: dict[str, Any]) -> None:
+        if not self._writes:
+            return
         with self.path.open("a", encoding="utf-8") as file:
             file.write(_line(row))
 

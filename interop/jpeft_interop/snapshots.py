@@ -1,16 +1,19 @@
 """A run on disk, to go on from after an interruption: bit for bit as if there had been none.
 
-Orbax writes what changes in training (the trained part, the optimizer's state, the step, the PRNG key) and the position
-in the data, in the background. The base is never written. What the run is made of (spec, base, data, settings) is kept
-beside it, and a run made of something else is refused.
+Orbax writes the adapter, the optimizer's state, the step, the PRNG key and the position in the data, in the background;
+of several processes each writes what it has, and any number of them reads it again, on any mesh. The base is never
+written. What the run is made of (spec, base, data, settings) is kept beside it, and a run made of something else is
+refused.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -19,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jpeft.errors import JpeftError
 from jpeft.tree import flatten
@@ -113,6 +117,7 @@ def _arrays(state: State) -> dict[str, jax.Array]:
     """What changes, by name: plain arrays, the key as its data."""
     changing = {
         "trained": state.adapter.trained,
+        "constant": state.adapter.constant,
         "optimizer": state.optimizer,
         "step": state.step,
         "key": jax.random.key_data(state.key),
@@ -134,11 +139,13 @@ def _with_arrays(start: State, found: Mapping[str, jax.Array]) -> State:
     """The state with the arrays of a snapshot; those that it leaves out are as at the start."""
     leaves = {name: found.get(name, leaf) for name, leaf in _arrays(start).items()}
     key = jax.random.wrap_key_data(leaves.pop("key"), impl=jax.random.key_impl(start.key))
-    parts = {"trained": start.adapter.trained, "optimizer": start.optimizer, "step": start.step}
+    adapter = start.adapter
+    parts = {"trained": adapter.trained, "constant": adapter.constant, "optimizer": start.optimizer, "step": start.step}
     structure = jax.tree.structure(parts)
     ordered = [leaves[name] for name in _arrays(start) if name != "key"]
     parts = jax.tree.unflatten(structure, ordered)
-    return State(start.adapter.replace(trained=parts["trained"]), parts["optimizer"], parts["step"], key)
+    adapter = adapter.replace(trained=parts["trained"], constant=parts["constant"])
+    return State(adapter, parts["optimizer"], parts["step"], key)
 
 
 def _check_run(now: Mapping[str, Any], then: Mapping[str, Any], folder: Path) -> None:
@@ -157,12 +164,39 @@ def fingerprint(params: Any) -> str:
       >>> fingerprint({"kernel": jnp.ones((3, 2))}) == fingerprint({"kernel": jnp.zeros((3, 2))})
       False
     """
+    flat = flatten(params)
+    spread = {path: leaf for path, leaf in flat.items() if isinstance(leaf, jax.Array) and len(leaf.devices()) > 1}
+    samples = _sampled(spread) if spread else {}
     digest = hashlib.sha256()
-    for path, leaf in flatten(params).items():
-        entries = host(leaf).reshape(-1)
+    for path, leaf in flat.items():
+        sample = samples[path] if path in samples else host(leaf).reshape(-1)[:: _stride(leaf)]
         digest.update(f"{path} {leaf.shape} {leaf.dtype}".encode())
-        digest.update(entries[:: max(1, entries.size // SAMPLE)].tobytes())
+        digest.update(np.asarray(sample).tobytes())
     return digest.hexdigest()[:16]
+
+
+def _stride(leaf: Any) -> int:
+    return max(1, math.prod(leaf.shape) // SAMPLE)
+
+
+def _sampled(spread: Mapping[str, jax.Array]) -> Mapping[str, jax.Array]:
+    """The same entries of arrays on a mesh, as bits, on every device: they move, and nothing else does."""
+    meshes = {leaf.sharding.mesh for leaf in spread.values() if isinstance(leaf.sharding, NamedSharding)}
+    whole = NamedSharding(meshes.pop(), PartitionSpec())
+
+    @partial(jax.jit, out_shardings=whole)  # bits, since what is summed over devices loses the sign of a zero
+    def sample(leaves: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        bits = {
+            path: jax.lax.bitcast_convert_type(leaf, f"uint{8 * leaf.dtype.itemsize}") for path, leaf in leaves.items()
+        }
+        return {path: leaf[_places(leaf)] for path, leaf in bits.items()}
+
+    return sample(spread)
+
+
+def _places(leaf: Any) -> tuple[np.ndarray, ...]:
+    places = np.arange(0, math.prod(leaf.shape), _stride(leaf))
+    return tuple(axis.astype(np.int32) for axis in np.unravel_index(places, leaf.shape))
 
 
 def fingerprint_of_rows(rows: Mapping[str, np.ndarray]) -> str:

@@ -164,10 +164,29 @@ def budgeted(optimizer: optax.GradientTransformation, adapter: jpeft.Adapter) ->
     return jpeft.adalora(optimizer, adapter) if isinstance(adapter.spec, jpeft.AdaLoRA) else optimizer
 
 
-def start(adapter: jpeft.Adapter, optimizer: optax.GradientTransformation, key: Array) -> State:
-    """The state before the first step. It holds copies: a step gives its state's memory to the next one."""
-    adapter, key = jax.tree.map(jnp.copy, (adapter, key))
-    return State(adapter, optimizer.init(adapter.trained), jnp.zeros((), jnp.int32), key)
+def start(
+    adapter: jpeft.Adapter,
+    optimizer: optax.GradientTransformation,
+    key: Array,
+    *,
+    homes: Callable[[State], State] | None = None,
+) -> State:
+    """The state before the first step. It holds copies: a step gives its state's memory to the next one.
+
+    Args:
+      adapter: a new one.
+      optimizer: of optax.
+      key: a PRNG key.
+      homes: on a mesh, the shardings of a state of such shapes.
+    """
+
+    def new(adapter: jpeft.Adapter, key: Array) -> State:
+        adapter, key = jax.tree.map(jnp.copy, (adapter, key))
+        return State(adapter, optimizer.init(adapter.trained), jnp.zeros((), jnp.int32), key)
+
+    if homes is None:
+        return new(adapter, key)
+    return jax.jit(new, out_shardings=homes(jax.eval_shape(new, adapter, key)))(adapter, key)
 
 
 def step(
@@ -177,6 +196,8 @@ def step(
     accumulate: int = 1,
     remat: bool = False,
     loss: Loss = loss_of_logits,
+    homes: Any = None,
+    parts: Any = None,
 ) -> Callable[[State, Any, Batch], tuple[State, Metrics]]:
     """A compiled training step, `(state, params, batch) -> (state, metrics)`, that changes nothing but the adapter.
 
@@ -189,6 +210,8 @@ def step(
       remat: compute again in the backward pass what is cheap (all but the matrix products); slower, in less memory.
       loss: what the lifted forward, params with an adapter attached, and a batch come to; summed over labels, not their
         mean. For a language model of ours with a large vocabulary, `next_token_loss` takes less memory.
+      homes: on a mesh, `(State of shardings, that of the metrics)`, so that what comes out lives where it went in.
+      parts: on a mesh, the sharding of a batch as `(parts, rows, ...)`.
     """
     lifted = jpeft.lift(forward)
 
@@ -197,7 +220,7 @@ def step(
         tally = loss(lifted, attached, batch)
         return tally.loss, tally
 
-    @partial(jax.jit, donate_argnums=0)
+    @partial(jax.jit, donate_argnums=0, out_shardings=homes)
     def run(state: State, params: Any, batch: Batch) -> tuple[State, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
         again = (
@@ -208,7 +231,7 @@ def step(
         gradient = lambda part, number: jax.grad(again, has_aux=True)(
             state.adapter.trained, state.adapter, params, part, jax.random.fold_in(key, number)
         )
-        summed, tally = _accumulated(gradient, batch, accumulate)
+        summed, tally = _accumulated(gradient, batch, accumulate, parts)
         return _updated(state, optimizer, summed, tally, _tokens(batch))
 
     return run
@@ -241,11 +264,14 @@ def _tokens(batch: Batch) -> Array:
     return jnp.sum(batch["attention_mask"]) if "attention_mask" in batch else jnp.asarray(batch["input_ids"].size)
 
 
-def _accumulated(gradient: Callable[[Batch, Any], tuple[Any, Tally]], batch: Batch, parts: int) -> tuple[Any, Tally]:
+def _accumulated(
+    gradient: Callable[[Batch, Any], tuple[Any, Tally]], batch: Batch, parts: int, home: Any
+) -> tuple[Any, Tally]:
     """The sum of `gradient(part, number)` over the parts of a batch."""
     if parts == 1:
         return gradient(batch, 0)
     split = jax.tree.map(lambda array: array.reshape(parts, -1, *array.shape[1:]), batch)
+    split = split if home is None else jax.lax.with_sharding_constraint(split, home)
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(lambda: gradient(_part(split, 0), 0)))
     add = lambda sums, part: jax.tree.map(jnp.add, sums, gradient(*part))
     return jax.lax.scan(lambda sums, part: (add(sums, part), None), zeros, (split, jnp.arange(parts)))[0]
@@ -284,16 +310,19 @@ def run(
         yield state, metrics
 
 
-def scorer(forward: Forward, *, loss: Loss = loss_of_logits) -> Callable[[Any, jpeft.Adapter, Iterable[Batch]], Score]:
+def scorer(
+    forward: Forward, *, loss: Loss = loss_of_logits, home: Any = None
+) -> Callable[[Any, jpeft.Adapter, Iterable[Batch]], Score]:
     """A function `(params, adapter, batches) -> Score`, compiled once and good for any adapter of the same spec.
 
     Args:
       forward: a plain `forward(params, **inputs)`.
       loss: as in `step`.
+      home: on a mesh, the sharding of what is on every device.
     """
     lifted = jpeft.lift(forward)
 
-    @jax.jit
+    @partial(jax.jit, out_shardings=home)
     def tally(params: Any, adapter: jpeft.Adapter, batch: Batch) -> Tally:
         return loss(lifted, jpeft.attach(params, adapter), batch)
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from jpeft.spec import Spec
 
 ADAPTER, TRAINING, DATA, RUN = "The adapter", "Training", "Data", "The run"
+DEVICES = "Devices and processes"
 
 
 class Task(StrEnum):
@@ -110,12 +111,48 @@ def finetune(
     resume: Annotated[
         bool, Option(help="Go on with an interrupted run in --out, or drop it and begin anew.", rich_help_panel=RUN)
     ] = True,
+    mesh: Annotated[
+        str | None,
+        Option(
+            help="How devices share the work: data=N splits batches, fsdp=N the base's weights too: data=2,fsdp=4.",
+            show_default="data=all of them",
+            rich_help_panel=DEVICES,
+        ),
+    ] = None,
+    coordinator: Annotated[
+        str | None,
+        Option(
+            help="HOST:PORT where process 0 is reached. TPU pods, SLURM and Open MPI need none of these.",
+            show_default=False,
+            rich_help_panel=DEVICES,
+        ),
+    ] = None,
+    processes: Annotated[
+        int | None,
+        Option(
+            min=1,
+            help="How many there are; 1 for this one alone, in a cluster too.",
+            show_default=False,
+            rich_help_panel=DEVICES,
+        ),
+    ] = None,
+    process_id: Annotated[
+        int | None, Option(min=0, help="Which one this is, from 0.", show_default=False, rich_help_panel=DEVICES)
+    ] = None,
+    heartbeat: Annotated[
+        int, Option(min=1, help="Seconds after which a silent process counts as lost.", rich_help_panel=DEVICES)
+    ] = 10,
 ) -> None:
     """Train an adapter on your data, and write it as a PEFT folder.
 
     OUT gets adapter/ (PEFT and transformers read it; a LoRA, vLLM too),
     metrics.jsonl, loss.png (of adalora, ranks.png) and checkpoints/. The same command, given again after an
-    interruption, goes on where it was, to the same result bit for bit.
+    interruption, goes on where it was, to the same result bit for bit. SIGTERM
+    makes it save the step at hand and exit with 0.
+
+    Several processes run this same command: under srun, mpirun or on a TPU pod
+    just so, elsewhere with --coordinator, --processes and --process-id. OUT is
+    then a folder that all of them see; process 0 writes and prints.
 
     [bold]Examples[/]
 
@@ -126,12 +163,16 @@ def finetune(
       jpeft finetune SmolLM2 --data notes.txt --out run --method dora
 
       jpeft finetune MiniLM --data reviews.csv --task classification --out run
+
+      srun jpeft finetune LLAMA --data notes.txt --out run --mesh data=2,fsdp=4
     """
     require_model(model)
     from rich.console import Console
 
     from jpeft_interop.finetune import Settings
     from jpeft_interop.finetune import finetune as run
+    from jpeft_interop.place import make_place
+    from jpeft_interop.processes import first, joined
 
     spec = _spec(method, rank, initial_rank, alpha, targets, dropout, rslora)
     settings = Settings(
@@ -153,10 +194,15 @@ def finetune(
     )
     console = Console()
     try:
-        result = run(model, data, out, settings, console=console, resume=resume)
+        with joined(coordinator, processes, process_id, heartbeat=heartbeat):
+            console = Console(quiet=not first())
+            result = run(model, data, out, settings, console=console, resume=resume, place=make_place(mesh))
     except KeyboardInterrupt:
         console.print("Interrupted. The same command goes on from the last checkpoint.")
         raise Exit(130) from None
+    if result.stopped:
+        console.print(f"Stopped after step {result.steps}, as asked. The same command goes on.", highlight=False)
+        return
     for name, score in (("before", result.before), ("after", result.after)):
         if score is not None:
             perplexity = f"perplexity {score.perplexity:.2f}  " if task is Task.causal_lm else ""

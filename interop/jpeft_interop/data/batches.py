@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import grain
 import numpy as np
@@ -29,11 +31,19 @@ class _ByRow:
         return f"rows({len(self)})"
 
 
-def shuffled(rows: Mapping[str, np.ndarray], size: int, seed: int) -> grain.DatasetIterator:
+def shuffled(
+    rows: Mapping[str, np.ndarray], size: int, seed: int, here: Sequence[int] | np.ndarray | None = None
+) -> grain.DatasetIterator:
     """Batches of `size` rows, epoch after epoch without end, each epoch in another order that the seed decides.
 
     A batch at the seam of two epochs has rows of both. `get_state()` tells the position, a small dict of numbers, and
-    `set_state()` goes there.
+    `set_state()` goes there: the same position for any part of the batches.
+
+    Args:
+      rows: arrays of the same length.
+      size: rows in a batch.
+      seed: of the order.
+      here: which rows of each batch to load, by number; all if None. Several processes each load their own.
 
     Raises:
       DataError: a batch would need more rows than there are.
@@ -50,7 +60,15 @@ def shuffled(rows: Mapping[str, np.ndarray], size: int, seed: int) -> grain.Data
     # One thread, one batch ahead: rows are in memory, and more would only take the processor from the training step.
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
     source = grain.MapDataset.source(_ByRow(rows))
-    return iter(source.shuffle(seed=seed).repeat().batch(size, drop_remainder=True).to_iter_dataset(options))
+    endless = source.shuffle(seed=seed).repeat()
+    if here is None:
+        return iter(endless.batch(size, drop_remainder=True).to_iter_dataset(options))
+    part = lambda batch: _stacked([endless[batch * size + int(row)] for row in here])
+    return iter(grain.MapDataset.range(sys.maxsize // size).map(part).to_iter_dataset(options))
+
+
+def _stacked(rows: Sequence[Any]) -> Batch:
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 
 def in_order(rows: Mapping[str, np.ndarray], size: int) -> Iterator[Batch]:
