@@ -1,0 +1,69 @@
+"""`jpeft finetune` in several processes: what one comes to; `reliability/processes.py` tries more of it."""
+
+import signal
+
+import numpy as np
+import pytest
+
+from jpeft_interop.place import PlaceError, make_place
+from jpeft_interop.processes import ProcessesError, in_cluster, joined
+from reliability.processes import AGREES_TO, Place, as_slurm_does, difference, put_examples, signalled
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("processes")
+    return Place(folder, put_examples(folder))
+
+
+def test_two_train_as_one_and_go_on_as_one(place):
+    alone = place.run("one", 1)
+    assert difference(place.run("slurm", 2, flags=as_slurm_does(2)), alone) <= AGREES_TO
+    place.killed("killed", 2)
+    assert difference(place.run("killed", 1), alone) <= AGREES_TO
+
+
+def test_one_that_is_asked_to_stop_stops_all(place):
+    ended = signalled(place.arguments, place.folder / "asked", signal.SIGTERM, 1)
+    assert ended.codes == [0, 0] and ended.step >= 5
+
+
+def test_flags_that_do_not_make_a_run():
+    for flags, what in (
+        (("here:1", None, None), "--processes, --process-id"),
+        (("here", 2, 0), "HOST:PORT"),
+        (("here:1", 2, 2), "expected 0 to 1"),
+    ):
+        with pytest.raises(ProcessesError, match=what), joined(*flags):
+            pass
+
+
+def test_who_is_in_a_cluster():
+    assert not in_cluster({})
+    assert not in_cluster({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "1", "SLURM_STEP_NODELIST": "n1"})  # an salloc shell
+    assert in_cluster({"OMPI_COMM_WORLD_SIZE": "2"}) and in_cluster({"TPU_WORKER_HOSTNAMES": "a,b"})
+
+
+def test_meshes_that_the_devices_do_not_make():
+    assert make_place("data=1") is None
+    for mesh, what in (
+        ("data=2,fsdp=2", "there are 1"),
+        ("tensor=1", "sizes by axis"),
+        ("data=0", "sizes by axis"),
+        ("data=1,data=1", "sizes by axis"),
+    ):
+        with pytest.raises(PlaceError, match=what):
+            make_place(mesh)
+
+
+def test_parts_of_batches_are_the_batches():
+    from jpeft_interop.data import shuffled
+
+    rows = {"input_ids": np.arange(14).reshape(7, 2)}
+    whole, parts = shuffled(rows, 4, 3), [shuffled(rows, 4, 3, here) for here in ([0, 1], [2, 3])]
+    for _ in range(5):
+        batch, pieces = next(whole), [next(part) for part in parts]
+        np.testing.assert_array_equal(batch["input_ids"], np.concatenate([piece["input_ids"] for piece in pieces]))
+    assert parts[0].get_state() == parts[1].get_state()
+    whole.set_state(whole.get_state()), parts[0].set_state(parts[1].get_state())
+    np.testing.assert_array_equal(next(whole)["input_ids"][:2], next(parts[0])["input_ids"])
