@@ -69,7 +69,14 @@ class Peers:
         return self.logs[number].read_text(errors="replace")
 
 
-def start(arguments: Sequence[str], log: Path, count: int, devices: int = 1, flags: Flags | None = None) -> Peers:
+def start(
+    arguments: Sequence[str],
+    log: Path,
+    count: int,
+    devices: int = 1,
+    flags: Flags | None = None,
+    command: str = COMMAND,
+) -> Peers:
     """`count` processes of `jpeft ARGUMENTS`, each with so many devices.
 
     Args:
@@ -78,11 +85,12 @@ def start(arguments: Sequence[str], log: Path, count: int, devices: int = 1, fla
       count: how many.
       devices: of each.
       flags: gives process i's own arguments and environment; by default those of a coordinator on a free port.
+      command: Python that is `jpeft`.
     """
     flags = flags or by_flags(count)
     log.parent.mkdir(parents=True, exist_ok=True)
     logs = [log.with_name(f"{log.name}.{number}.log") for number in range(count)]
-    processes = [one(arguments, logs[number], devices, *flags(number)) for number in range(count)]
+    processes = [one(arguments, logs[number], devices, *flags(number), command) for number in range(count)]
     return Peers(processes, logs)
 
 
@@ -90,7 +98,7 @@ Flags = Callable[[int], tuple[list[str], dict[str, str]]]
 
 
 def one(
-    arguments: Sequence[str], log: Path, devices: int, flags: list[str], environment: dict[str, str]
+    arguments: Sequence[str], log: Path, devices: int, flags: list[str], environment: dict[str, str], command: str
 ) -> subprocess.Popen[bytes]:
     paths = [str(ROOT), str(ROOT / "interop")]
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "OMPI_", "JAX_"))}
@@ -102,9 +110,9 @@ def one(
         "JAX_COMPILATION_CACHE_DIR": str(log.parent / "programs"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
-    command = [sys.executable, "-c", COMMAND, *arguments, *flags]
+    whole = [sys.executable, "-c", command, *arguments, *flags]
     with log.open("wb") as output:
-        return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=inherited | own | environment)
+        return subprocess.Popen(whole, stdout=output, stderr=subprocess.STDOUT, env=inherited | own | environment)
 
 
 def by_flags(count: int) -> Flags:
@@ -230,6 +238,7 @@ class Place:
 
     folder: Path
     arguments: list[str]
+    steps: int = STEPS
 
     def run(self, name: str, count: int, devices: int = 1, mesh: str | None = None, flags: Flags | None = None) -> Path:
         """A run to its end, or on to its end; `name` is the folder's."""
@@ -240,12 +249,18 @@ class Place:
         return self.folder / name
 
     def begin(
-        self, name: str, count: int, devices: int = 1, mesh: str | None = None, flags: Flags | None = None
+        self,
+        name: str,
+        count: int,
+        devices: int = 1,
+        mesh: str | None = None,
+        flags: Flags | None = None,
+        command: str = COMMAND,
     ) -> Peers:
         """The same, not waited for."""
         more = [] if mesh is None else ["--mesh", mesh]
-        arguments = [*self.arguments, "--out", str(self.folder / name), "--steps", str(STEPS), *more]
-        return start(arguments, self.folder / f"log-{name}", count, devices, flags)
+        arguments = [*self.arguments, "--out", str(self.folder / name), "--steps", str(self.steps), *more]
+        return start(arguments, self.folder / f"log-{name}", count, devices, flags, command)
 
     def killed(self, name: str, count: int, devices: int = 1, mesh: str | None = None) -> Path:
         """A run whose processes are all killed after their first checkpoint."""

@@ -7,7 +7,7 @@ import pytest
 
 from jpeft_interop.place import PlaceError, make_place
 from jpeft_interop.processes import ProcessesError, in_cluster, joined
-from reliability.processes import AGREES_TO, Place, as_slurm_does, difference, put_examples, signalled
+from reliability.processes import AGREES_TO, Place, as_slurm_does, difference, put_examples, same_bits, signalled
 
 
 @pytest.fixture(scope="module")
@@ -21,6 +21,8 @@ def test_two_train_as_one_and_go_on_as_one(place):
     assert difference(place.run("slurm", 2, flags=as_slurm_does(2)), alone) <= AGREES_TO
     place.killed("killed", 2)
     assert difference(place.run("killed", 1), alone) <= AGREES_TO
+    place.killed("alone", 1)
+    assert same_bits(place.run("alone", 1), alone)
 
 
 def test_one_that_is_asked_to_stop_stops_all(place):
@@ -65,5 +67,6 @@ def test_parts_of_batches_are_the_batches():
         batch, pieces = next(whole), [next(part) for part in parts]
         np.testing.assert_array_equal(batch["input_ids"], np.concatenate([piece["input_ids"] for piece in pieces]))
     assert parts[0].get_state() == parts[1].get_state()
-    whole.set_state(whole.get_state()), parts[0].set_state(parts[1].get_state())
+    parts[0].set_state(whole_position := parts[1].get_state())
+    assert parts[0].get_state() == whole_position
     np.testing.assert_array_equal(next(whole)["input_ids"][:2], next(parts[0])["input_ids"])
