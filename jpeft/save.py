@@ -23,6 +23,7 @@ from jpeft.errors import AdapterError, JpeftError
 from jpeft.kernel import Kernel
 from jpeft.methods import METHODS, SPECS, lora
 from jpeft.safetensors_header import ADAPTER_HEADER_BYTES, open_safetensors, tensor_at
+from jpeft.shared import entries, has_values, is_shared, values, write_once
 from jpeft.site import Site
 from jpeft.strict_json import parse_json_object
 from jpeft.tree import flatten
@@ -37,6 +38,8 @@ MOST_KINDS = 500  # of weights, by all but their paths
 
 def save(path: str | os.PathLike[str], adapter: Adapter, *, params: Any = None) -> None:
     """Writes an adapter to one file, moved into place whole, with a digest of all that is in it.
+
+    Where several processes share arrays of the adapter or the base, all of them call this, and process 0 writes.
 
     Args:
       path: the file, `*.safetensors` by custom.
@@ -56,7 +59,7 @@ def save(path: str | os.PathLike[str], adapter: Adapter, *, params: Any = None) 
       LoRA(rank=1, alpha=None, targets='all-linear')
     """
     tensors = {
-        f"{part}|{where}|{leaf}": _finite(np.asarray(array), where, leaf)
+        f"{part}|{where}|{leaf}": _finite(values(array), where, leaf)
         for part in ("trained", "constant")
         for where, leaves in getattr(adapter, part).items()
         for leaf, array in leaves.items()
@@ -65,7 +68,7 @@ def save(path: str | os.PathLike[str], adapter: Adapter, *, params: Any = None) 
     if params is not None and (base := base_fingerprint(params, adapter)) is not None:
         metadata["base"] = base
     metadata["digest"] = digest(tensors, metadata)
-    write_file(path, lambda file: _write(file, tensors, metadata))
+    write_once(is_shared((adapter, params)), lambda: write_file(path, lambda file: _write(file, tensors, metadata)))
 
 
 def _write(file: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
@@ -100,8 +103,8 @@ def load(path: str | os.PathLike[str], *, params: Any = None) -> Adapter:
     path = Path(path)
     if not os.path.lexists(path):
         raise FileNotFoundError(f"{path}: no such file")
-    mapped, entries, metadata = open_safetensors(path, AdapterError, ADAPTER_HEADER_BYTES)
-    adapter = parse(str(path), {key: tensor_at(mapped, entry) for key, entry in entries.items()}, metadata)
+    mapped, header, metadata = open_safetensors(path, AdapterError, ADAPTER_HEADER_BYTES)
+    adapter = parse(str(path), {key: tensor_at(mapped, entry) for key, entry in header.items()}, metadata)
     if params is not None and "base" in metadata:
         check_base(str(path), metadata["base"], base_fingerprint(params, adapter), "leave out params=")
     return adapter
@@ -158,26 +161,15 @@ def check_base(path: str, expected: str, found: str | None, way_out: str) -> Non
 
 
 def base_fingerprint(params: Any, adapter: Adapter) -> str | None:
-    """Of the weights that an adapter acts on; None where not all of them are at hand."""
+    """Of the weights that an adapter acts on; None where some are mere shapes."""
     flat = flatten(params)
     leaves: list[tuple[str, Any]] = [
         (site.path, flat.get(site.path)) for site in adapter.sites if site.method != "replacement"
     ]
-    if not leaves or not all(is_at_hand(leaf) for _, leaf in leaves):
+    if not leaves or not all(has_values(leaf) for _, leaf in leaves):
         return None
-    return fingerprint((path, leaf.shape, entries_of(leaf, sampled(leaf.size))) for path, leaf in leaves)
-
-
-def is_at_hand(leaf: Any) -> bool:
-    """Whether a leaf has values that this process can read."""
-    return isinstance(leaf, np.ndarray) or (isinstance(leaf, jax.Array) and leaf.is_fully_addressable)
-
-
-def entries_of(leaf: Any, where: np.ndarray) -> np.ndarray:
-    """Some entries, by their places in the flattened array; a device gives no more than these."""
-    at = np.unravel_index(where.astype(np.int64), leaf.shape)
-    on_cpu = isinstance(leaf, np.ndarray) or all(device.platform == "cpu" for device in leaf.devices())
-    return (np.asarray(leaf) if on_cpu else leaf)[at]
+    at = lambda leaf: np.unravel_index(sampled(leaf.size).astype(np.int64), leaf.shape)
+    return fingerprint((path, leaf.shape, entries(leaf, at(leaf))) for path, leaf in leaves)
 
 
 def _put(parts: dict[str, Part], key: str, array: Any, path: str) -> None:

@@ -131,9 +131,16 @@ def as_slurm_does(count: int) -> Flags:
 
 
 def as_open_mpi_does(count: int) -> Flags:
-    """The variables that mpirun sets."""
+    """The variables that mpirun of Open MPI 4 sets."""
     shared = {"OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://127.0.0.1:34911", "OMPI_COMM_WORLD_SIZE": str(count)}
     shared |= {"JAX_COORDINATOR_PORT": str(free_port())}
+    return lambda number: ([], shared | {f"OMPI_COMM_WORLD_{name}": str(number) for name in ("RANK", "LOCAL_RANK")})
+
+
+def as_open_mpi_5_does(count: int) -> Flags:
+    """The same, of Open MPI 5, which leaves out where the launcher is."""
+    shared = {f"OMPI_COMM_WORLD_{name}": str(count) for name in ("SIZE", "LOCAL_SIZE")}
+    shared |= {"PMIX_NAMESPACE": f"prterun-host-{os.getpid()}@1"}
     return lambda number: ([], shared | {f"OMPI_COMM_WORLD_{name}": str(number) for name in ("RANK", "LOCAL_RANK")})
 
 
@@ -278,7 +285,8 @@ def training(place: Place) -> Iterator[Trial]:
         "4 processes": (4, 1, None, None),
         "2 processes with 2 devices each, data=2,fsdp=2": (2, 2, "data=2,fsdp=2", None),
         "2 processes that find each other by SLURM's variables": (2, 1, None, as_slurm_does(2)),
-        "2 processes that find each other by Open MPI's variables": (2, 1, None, as_open_mpi_does(2)),
+        "2 processes that find each other by Open MPI 4's variables": (2, 1, None, as_open_mpi_does(2)),
+        "2 processes that find each other by Open MPI 5's variables": (2, 1, None, as_open_mpi_5_does(2)),
     }
     for name, how in ways.items():
         apart = difference(place.run(name.replace(" ", "-"), *how), alone)

@@ -15,10 +15,11 @@ from typing import Any
 import jpeft
 from jpeft.atomic import write_folder
 from jpeft.errors import AdapterError
+from jpeft.shared import is_shared, write_once
 from jpeft_interop.adapter_files import NAME, adapter_file
 from jpeft_interop.layout import Layout
 from jpeft_interop.load_peft import CONFIG, WEIGHTS, load_peft
-from jpeft_interop.save_peft import OTHERS, save_peft
+from jpeft_interop.save_peft import OTHERS, peft_files
 
 DEFAULT = "default"
 EXPECTED = f"expected {NAME.pattern}"
@@ -49,17 +50,17 @@ def save_adapters(
     for name in adapters:
         _check_name(name)
     options: Any = {"params": params, "layout": layout, "base_model": base_model, "task_type": task_type}
+    files = {name: peft_files(adapter, **options) for name, adapter in adapters.items()}
 
     def fill(new: Path) -> None:
-        for name, adapter in adapters.items():
-            save_peft(new / name, adapter, **options)
-        if DEFAULT in adapters:
-            for file in (new / DEFAULT).iterdir():
-                file.rename(new / file.name)
-            (new / DEFAULT).rmdir()
+        for name, held in files.items():
+            place = new if name == DEFAULT else new / name
+            place.mkdir(exist_ok=True)
+            held.fill(place)
 
     old = Path(folder)
-    write_folder(folder, fill, replaceable=lambda name: name in OTHERS or (name in adapters and _holds_one(old / name)))
+    replaceable = lambda name: name in OTHERS or (name in adapters and _holds_one(old / name))
+    write_once(is_shared((dict(adapters), params)), lambda: write_folder(folder, fill, replaceable))
 
 
 def load_adapters(

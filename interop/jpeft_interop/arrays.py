@@ -8,6 +8,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from jpeft.shared import values
+
 ALIGNMENT = 64
 CHUNK = 1 << 18
 HALVES = ("bfloat16", "float16")
@@ -41,10 +43,13 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 
 def host(leaf: Any) -> np.ndarray:
-    """The values of a leaf in NumPy, at most one copy: JAX would keep the copy of a device's array for good."""
+    """The values of a leaf in NumPy, at most one copy: JAX would keep the copy of a device's array for good.
+
+    Where several processes share it, all of them have to ask.
+    """
     if isinstance(leaf, jax.Array) and any(device.platform != "cpu" for device in leaf.devices()):
-        return np.asarray(leaf.copy())
-    return np.asarray(leaf)
+        return values(leaf.copy())
+    return values(leaf)
 
 
 def is_finite(array: np.ndarray) -> bool:

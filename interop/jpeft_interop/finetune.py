@@ -18,7 +18,6 @@ import jpeft
 from jpeft.atomic import write_file
 from jpeft.errors import JpeftError
 from jpeft.spec import Spec
-from jpeft.tree import flatten, replace
 from jpeft_interop import data, processes, train
 from jpeft_interop.base import CAUSAL_LM, CLASSIFICATION, TASKS, Base, load_base
 from jpeft_interop.load_model import hf_folder, read_config
@@ -27,7 +26,7 @@ from jpeft_interop.metrics import MetricsLog
 from jpeft_interop.place import Place
 from jpeft_interop.plot import plot_loss, plot_ranks
 from jpeft_interop.progress import watched
-from jpeft_interop.save_peft import EMBEDDING_NAMES, save_peft
+from jpeft_interop.save_peft import save_peft
 from jpeft_interop.snapshots import Snapshots, discard, fingerprint, fingerprint_of_rows
 from jpeft_interop.tokenizer import Tokenizer, load_tokenizer
 
@@ -172,6 +171,7 @@ def finetune(
     if log.done < steps:
         return Result(log.done, log.scores.get(0), None, stopped=True)
     _write(out, state, base, examples, log, place)
+    processes.together("all is written")
     return Result(steps, log.scores.get(0), log.scores.get(steps))
 
 
@@ -317,31 +317,15 @@ def _run(base: Base, adapter: jpeft.Adapter, examples: Examples, steps: int, set
 
 
 def _write(out: Path, state: train.State, base: Base, examples: Examples, log: MetricsLog, place: Place | None) -> None:
-    """All processes gather what is to be written, process 0 writes it, and all wait for that."""
-    adapter, params = _here(state.adapter, place), _params_to_write(base.params, state.adapter, place)
-    if processes.first():
-        _write_files(out, adapter, params, base, examples, log)
-    processes.together("the adapter is written")
-
-
-def _params_to_write(params: Any, adapter: jpeft.Adapter, place: Place | None) -> Any:
-    """The base, those of its leaves gathered that PEFT stores beside an adapter: of embeddings and heads."""
-    if place is None:
-        return params
-    stored = lambda site: site.method == "replacement" or {*EMBEDDING_NAMES} & {*site.path.split("/")}
-    paths = [site.path for site in adapter.sites if stored(site)]
-    flat = flatten(params)
-    return replace(params, place.everywhere({path: flat[path] for path in paths}))
-
-
-def _write_files(
-    out: Path, adapter: jpeft.Adapter, params: Any, base: Base, examples: Examples, log: MetricsLog
-) -> None:
-    folder = str(base.folder)
-    if isinstance(adapter.spec, jpeft.AdaLoRA):
+    """All processes give what they have of the adapter and its base; process 0 writes."""
+    adapter = _here(state.adapter, place)
+    is_adalora = isinstance(adapter.spec, jpeft.AdaLoRA)
+    kept = jpeft.prune(adapter) if is_adalora else adapter
+    save_peft(out / ADAPTER, kept, params=base.params, base_model=str(base.folder), task_type=base.task.peft)
+    if not processes.first():
+        return
+    if is_adalora:
         plot_ranks(out / RANKS, jpeft.ranks(adapter), f"AdaLoRA on {base.folder.name}: the rank of each kernel")
-        adapter = jpeft.prune(adapter)
-    save_peft(out / ADAPTER, adapter, params=params, base_model=folder, task_type=base.task.peft)
     held_out = {step: score.loss for step, score in log.scores.items()}
     plot_loss(out / PLOT, log.losses, held_out, f"{type(adapter.spec).__name__} on {base.folder.name}")
     if examples.labels is not None:

@@ -14,8 +14,10 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import jax
 import numpy as np
@@ -47,7 +49,7 @@ def joined(
     heartbeat for the others and tears them down.
 
     Args:
-      coordinator: where process 0 is reached, `host:port`.
+      coordinator: where process 0 is reached, `host:port`; alone where a cluster says the rest.
       processes: how many there are. 1 means this one alone, whatever the environment says.
       process_id: which of them this is, from 0.
       heartbeat: seconds without a sign of life from a process, after which the others end, with a code that is not 0.
@@ -55,16 +57,15 @@ def joined(
     Raises:
       ProcessesError: some flags without the others, or an environment that JAX can't read.
     """
-    given = (coordinator, processes, process_id)
-    if processes == 1 or (not any(flag is not None for flag in given) and not in_cluster(os.environ)):
+    given = {"--coordinator": coordinator, "--processes": processes, "--process-id": process_id}
+    clustered = in_cluster(os.environ)
+    if processes == 1 or not (clustered or any(flag is not None for flag in given.values())):
         yield
         return
-    _check(coordinator, processes, process_id)
+    _check(given, clustered)
     try:
         jax.distributed.initialize(
-            coordinator,
-            processes,
-            process_id,
+            **_who(os.environ, coordinator, processes, process_id),
             initialization_timeout=STARTING,
             heartbeat_timeout_seconds=heartbeat,
             shutdown_timeout_seconds=heartbeat,
@@ -79,18 +80,47 @@ def joined(
     jax.distributed.shutdown()
 
 
-def _check(coordinator: str | None, processes: int | None, process_id: int | None) -> None:
-    given = {"--coordinator": coordinator, "--processes": processes, "--process-id": process_id}
+def _check(given: Mapping[str, Any], clustered: bool) -> None:
     missing = [flag for flag, value in given.items() if value is None]
-    if missing and len(missing) < len(given):
+    if missing and len(missing) < len(given) and not (clustered and missing == ["--processes", "--process-id"]):
         raise ProcessesError(f"--coordinator, --processes and --process-id go together; missing: {', '.join(missing)}")
-    if coordinator is None or processes is None or process_id is None:
-        return
-    host, _, port = coordinator.rpartition(":")
-    if not host or not port.isdecimal():
+    coordinator, processes, process_id = given.values()
+    host, _, port = (coordinator or "").rpartition(":")
+    if coordinator is not None and not (host and port.isdecimal()):
         raise ProcessesError(f"--coordinator: expected HOST:PORT, found {coordinator!r}")
-    if not 0 <= process_id < processes:
+    if process_id is not None and not 0 <= process_id < processes:
         raise ProcessesError(f"--process-id: expected 0 to {processes - 1}, found {process_id}")
+
+
+def _who(
+    environment: Mapping[str, str], coordinator: str | None, processes: int | None, process_id: int | None
+) -> dict[str, Any]:
+    """What JAX is to be told of who is who; where it finds that by itself, what was given."""
+    found = {"coordinator_address": coordinator, "num_processes": processes, "process_id": process_id}
+    of_open_mpi_5 = "OMPI_COMM_WORLD_SIZE" in environment and "OMPI_MCA_orte_hnp_uri" not in environment
+    if processes is not None or not of_open_mpi_5:
+        return found
+    number = {
+        name: int(environment[f"OMPI_COMM_WORLD_{name}"]) for name in ("SIZE", "RANK", "LOCAL_SIZE", "LOCAL_RANK")
+    }
+    address = coordinator or environment.get("JAX_COORDINATOR_ADDRESS")
+    if address is None and number["LOCAL_SIZE"] < number["SIZE"]:
+        raise ProcessesError(
+            "Open MPI 5 does not say where process 0 is: mpirun ... jpeft finetune ... --coordinator HOST:PORT, with "
+            "the first host's name and a free port of it"
+        )
+    here = f"127.0.0.1:{environment.get('JAX_COORDINATOR_PORT') or _port_of(environment.get('PMIX_NAMESPACE', ''))}"
+    return {
+        "coordinator_address": address or here,
+        "num_processes": number["SIZE"],
+        "process_id": number["RANK"],
+        "local_device_ids": [number["LOCAL_RANK"]],  # a GPU for each, as JAX has it under Open MPI 4
+    }
+
+
+def _port_of(job: str) -> int:
+    """A port by the name of a job, among those that the system gives to nobody for long."""
+    return 61440 + zlib.crc32(job.encode()) % 4096
 
 
 def in_cluster(environment: Mapping[str, str]) -> bool:

@@ -13,13 +13,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import jax
 import numpy as np
 
 from jpeft.digest import digest, fingerprint, sampled
 from jpeft.errors import AdapterError
 from jpeft.safetensors_header import ADAPTER_HEADER_BYTES
-from jpeft.save import check_base, is_at_hand
+from jpeft.save import check_base
+from jpeft.shared import entries, has_values
 from jpeft.strict_json import read_json_object
 from jpeft.tree import flatten
 from jpeft_interop.adapter_files import adapter_file
@@ -157,7 +157,7 @@ def _parameters(module: str, layout: Layout) -> set[str]:
 def base_fingerprint(keys: Iterable[str], layout: Layout, flat: Mapping[str, Any]) -> str | None:
     """Of some entries of torch's tensors, wherever they lie here.
 
-    None where not all of them are at hand, or a layout scales or shifts one: what was rounded is not torch's any more.
+    None where some are mere shapes, or a layout scales or shifts one: what was rounded is not torch's any more.
     """
     links = {key: layout.by_key[key] for key in sorted(keys)}
     if not links or not all(_is_witness(link, flat) for found in links.values() for link in found):
@@ -166,20 +166,20 @@ def base_fingerprint(keys: Iterable[str], layout: Layout, flat: Mapping[str, Any
 
 
 def _is_witness(link: Link, flat: Mapping[str, Any]) -> bool:
-    return is_at_hand(flat[link.path]) and (link.scale, link.offset) == (1.0, 0.0)
+    return has_values(flat[link.path]) and (link.scale, link.offset) == (1.0, 0.0)
 
 
 def _entries(links: tuple[Link, ...], flat: Mapping[str, Any]) -> np.ndarray:
     """Sampled entries of one torch tensor; what of it lies in no leaf is zero."""
     shape = links[0].torch_shape
     at = np.unravel_index(sampled(int(np.prod(shape, dtype=np.int64))).astype(np.int64), shape)
-    values = np.zeros(len(at[0]) if at else 1, np.float32)
+    whole = np.zeros(len(at[0]) if at else 1, np.float32)
     for link in links:
         inside, places = _places(link, at)
         if inside.any():
-            found = _at(flat[link.path], tuple(one[inside] for one in places))
-            values[inside] = found.astype(np.float32)
-    return values
+            found = entries(flat[link.path], tuple(one[inside] for one in places))
+            whole[inside] = found.astype(np.float32)
+    return whole
 
 
 def _places(link: Link, at: tuple[np.ndarray, ...]) -> tuple[np.ndarray, list[np.ndarray]]:
@@ -201,9 +201,3 @@ def _joined(axis: Any, link: Link, named: Mapping[str, np.ndarray], count: int) 
     for name in axis.names:
         total = total * link.sizes[name] + named[name]
     return total + axis.start
-
-
-def _at(leaf: Any, places: tuple[np.ndarray, ...]) -> np.ndarray:
-    """Entries of a leaf; another device than the CPU gives no more than these."""
-    away = isinstance(leaf, jax.Array) and any(device.platform != "cpu" for device in leaf.devices())
-    return np.asarray((leaf if away else np.asarray(leaf))[places])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from jpeft.adapter import Adapter
 from jpeft.atomic import write_folder
 from jpeft.errors import AdapterError
 from jpeft.kernel import Kernel
+from jpeft.shared import gathered, is_shared, write_once
 from jpeft.site import Site
 from jpeft.targets import ALL_LINEAR, Targets, frozen_mapping, is_kept, names_module, saves_module
 from jpeft.tree import dotted, flatten
@@ -46,7 +47,8 @@ def save_peft(
     """Writes `adapter_config.json` and `adapter_model.safetensors`, moved into place whole.
 
     The latter's metadata holds a digest of both and a fingerprint of the weights in `params` that are adapted, which
-    `load_peft` checks.
+    `load_peft` checks. Where several processes share arrays of the adapter or the base, all of them call this, and
+    process 0 writes.
 
     Args:
       folder: made if need be; one that holds other things than an adapter is refused.
@@ -62,11 +64,43 @@ def save_peft(
 
     Raises:
       AdapterError: a value that is not finite, a path without a place in torch, or what PEFT's format cannot say.
+      OSError: it can't be written; then what was there still is.
     """
+    options: Any = {"layout": layout, "base_model": base_model, "task_type": task_type, "target": target}
+    files = peft_files(adapter, params=params, **options)
+    write = lambda: write_folder(folder, files.fill, replaceable=lambda name: name in OTHERS)
+    write_once(is_shared((adapter, params)), write)
+
+
+@dataclass(frozen=True)
+class PeftFiles:
+    """What the two files of a folder are to hold."""
+
+    config: Mapping[str, Any]
+    tensors: Mapping[str, np.ndarray]
+    metadata: Mapping[str, str]
+
+    def fill(self, folder: Path) -> None:
+        """Writes them into an empty folder."""
+        (folder / CONFIG).write_text(json.dumps(self.config, indent=2, sort_keys=True))
+        write_safetensors(folder / WEIGHTS, self.tensors, self.metadata)
+
+
+def peft_files(
+    adapter: Adapter,
+    *,
+    params: Any,
+    layout: Layout | None = None,
+    base_model: str | None = None,
+    task_type: str | None = None,
+    target: Target = "peft",
+) -> PeftFiles:
+    """What `save_peft` writes, and nothing written; of what several processes share, in each of them."""
     flat = flatten(params)
     layout = default_layout(flat) if layout is None else layout
     layout.check(flat)
     keys_of(adapter.spec)  # or there is no such method in PEFT
+    adapter = adapter.replace(trained=gathered(adapter.trained), constant=gathered(adapter.constant))
     adapter = plain_lora(adapter) if target == "vllm" else adapter
     found = matrices(adapter, layout)
     if target == "vllm":
@@ -83,15 +117,8 @@ def save_peft(
     _check_parameters(spec, parameters)
     named = tuple(shortest(parameters, layout.parameters))
     config = write_config(PeftConfig(spec, base_model, task_type, fan_in_fan_out, named))
-
     base = base_fingerprint(adapted_keys(tensors, layout), layout, flat)
-    metadata = stating(tensors, config, {"format": "pt"}, base)
-
-    def fill(new: Path) -> None:
-        (new / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True))
-        write_safetensors(new / WEIGHTS, tensors, metadata)
-
-    write_folder(folder, fill, replaceable=lambda name: name in OTHERS)
+    return PeftFiles(config, tensors, stating(tensors, config, {"format": "pt"}, base))
 
 
 def _check_parameters(spec: Any, parameters: set[str]) -> None:

@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
@@ -25,6 +26,7 @@ from jpeft.safetensors_header import ADAPTER_HEADER_BYTES, open_safetensors, ten
 from jpeft.save import is_finite
 from jpeft.save import load as load_adapter
 from jpeft.save import save as save_adapter
+from jpeft.shared import is_shared, values, write_once
 from jpeft.strict_json import parse_json_object
 from jpeft.typed import from_json, is_of
 from jpeft.xlora.classifier import Classifier
@@ -38,6 +40,8 @@ EXPERT = re.compile(r"expert-\d+\.safetensors")
 def save(folder: str | os.PathLike[str], mixture: Mixture) -> None:
     """Writes experts, classifier and spec to a folder, moved into place whole.
 
+    Where several processes share arrays of the mixture, all of them call this, and process 0 writes.
+
     Args:
       folder: made if need be; an earlier mixture's is replaced, one with other things in it is refused.
       mixture: any mixture; its arrays are saved in their own dtypes.
@@ -46,7 +50,10 @@ def save(folder: str | os.PathLike[str], mixture: Mixture) -> None:
       AdapterError: an array is not finite.
       JpeftError: the folder holds other things.
     """
-    tensors = {f"{i}/{n}": np.asarray(leaf) for i, layer in enumerate(mixture.classifier) for n, leaf in layer.items()}
+    shared, mixture = is_shared(mixture), jax.tree.map(values, mixture)
+    tensors: dict[str, Any] = {
+        f"{i}/{n}": leaf for i, layer in enumerate(mixture.classifier) for n, leaf in layer.items()
+    }
     for key, tensor in tensors.items():
         if not np.isfinite(tensor.astype(np.float32)).all():
             raise AdapterError(f"{key!r} of the classifier holds values that are not finite; nothing was written")
@@ -58,7 +65,7 @@ def save(folder: str | os.PathLike[str], mixture: Mixture) -> None:
         for k, name in enumerate(mixture.names):
             save_adapter(_expert(new, k), mixture.experts[name])
 
-    write_folder(folder, fill, replaceable=lambda name: EXPERT.fullmatch(name) is not None)
+    write_once(shared, lambda: write_folder(folder, fill, lambda name: EXPERT.fullmatch(name) is not None))
 
 
 def load(folder: str | os.PathLike[str]) -> Mixture:

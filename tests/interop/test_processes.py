@@ -1,12 +1,14 @@
 """`jpeft finetune` in several processes: what one comes to; `reliability/processes.py` tries more of it."""
 
+import re
 import signal
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 
 from jpeft_interop.place import PlaceError, make_place
-from jpeft_interop.processes import ProcessesError, in_cluster, joined
+from jpeft_interop.processes import ProcessesError, _who, in_cluster, joined
 from reliability.processes import AGREES_TO, Place, as_slurm_does, difference, put_examples, same_bits, signalled
 
 
@@ -16,9 +18,16 @@ def place(tmp_path_factory):
     return Place(folder, put_examples(folder))
 
 
+def base_named(out):
+    with safe_open(out / "adapter" / "adapter_model.safetensors", "np") as file:
+        found = re.search("base=([0-9a-f]{32})", file.metadata()["jpeft"])
+    return found and found.group(1)
+
+
 def test_two_train_as_one_and_go_on_as_one(place):
     alone = place.run("one", 1)
-    assert difference(place.run("slurm", 2, flags=as_slurm_does(2)), alone) <= AGREES_TO
+    assert difference(slurm := place.run("slurm", 2, flags=as_slurm_does(2)), alone) <= AGREES_TO
+    assert base_named(slurm) == base_named(alone) is not None
     place.killed("killed", 2)
     assert difference(place.run("killed", 1), alone) <= AGREES_TO
     place.killed("alone", 1)
@@ -30,6 +39,11 @@ def test_one_that_is_asked_to_stop_stops_all(place):
     assert ended.codes == [0, 0] and ended.step >= 5
 
 
+def test_one_alone_ends_with_the_code_that_its_cluster_starts_again(place):
+    ended = signalled([*place.arguments, "--stop-code", "42"], place.folder / "alone-asked", signal.SIGTERM, 0, count=1)
+    assert ended.codes == [42] and ended.step >= 5
+
+
 def test_flags_that_do_not_make_a_run():
     for flags, what in (
         (("here:1", None, None), "--processes, --process-id"),
@@ -38,6 +52,23 @@ def test_flags_that_do_not_make_a_run():
     ):
         with pytest.raises(ProcessesError, match=what), joined(*flags):
             pass
+
+
+def test_open_mpi_5_says_less_than_jax_asks():
+    variables = {"SIZE": "4", "RANK": "3", "LOCAL_SIZE": "2", "LOCAL_RANK": "1"}
+    environment = {f"OMPI_COMM_WORLD_{name}": value for name, value in variables.items()}
+    assert in_cluster(environment)
+    with pytest.raises(ProcessesError, match=r"--coordinator HOST:PORT"):
+        _who(environment, None, None, None)
+    found = _who(environment, "first:1234", None, None)
+    assert found == {
+        "coordinator_address": "first:1234",
+        "num_processes": 4,
+        "process_id": 3,
+        "local_device_ids": [1],
+    }
+    on_one_host = environment | {"OMPI_COMM_WORLD_LOCAL_SIZE": "4", "PMIX_NAMESPACE": "prterun-a-1@1"}
+    assert _who(on_one_host, None, None, None)["coordinator_address"].startswith("127.0.0.1:6")
 
 
 def test_who_is_in_a_cluster():

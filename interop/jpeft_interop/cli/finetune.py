@@ -142,13 +142,17 @@ def finetune(
     heartbeat: Annotated[
         int, Option(min=1, help="Seconds after which a silent process counts as lost.", rich_help_panel=DEVICES)
     ] = 10,
+    stop_code: Annotated[
+        int,
+        Option(min=0, max=255, help="Exit code when SIGTERM ended it; XPK restarts on 42.", rich_help_panel=DEVICES),
+    ] = 0,
 ) -> None:
     """Train an adapter on your data, and write it as a PEFT folder.
 
     OUT gets adapter/ (PEFT and transformers read it; a LoRA, vLLM too),
-    metrics.jsonl, loss.png (of adalora, ranks.png) and checkpoints/. The same command, given again after an
-    interruption, goes on where it was, to the same result bit for bit. SIGTERM
-    makes it save the step at hand and exit with 0.
+    metrics.jsonl, loss.png (of adalora, ranks.png) and checkpoints/. The same
+    command, given again after an interruption, goes on where it was, to the
+    same result bit for bit. SIGTERM makes it save the step at hand and end.
 
     Several processes run this same command: under srun, mpirun or on a TPU pod
     just so, elsewhere with --coordinator, --processes and --process-id. OUT is
@@ -202,7 +206,7 @@ def finetune(
         raise Exit(130) from None
     if result.stopped:
         console.print(f"Stopped after step {result.steps}, as asked. The same command goes on.", highlight=False)
-        return
+        raise Exit(stop_code)
     for name, score in (("before", result.before), ("after", result.after)):
         if score is not None:
             perplexity = f"perplexity {score.perplexity:.2f}  " if task is Task.causal_lm else ""
