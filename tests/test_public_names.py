@@ -52,6 +52,7 @@ JPEFT = (
 JPEFT_INTEROP = (
     "Layout",
     "Place",
+    "Provenance",
     "export_model",
     "generate",
     "infer_layout",
@@ -62,6 +63,7 @@ JPEFT_INTEROP = (
     "load_peft_xlora",
     "params_from_torch",
     "params_to_torch",
+    "provenance",
     "ready_layout",
     "ready_names",
     "save_adapters",

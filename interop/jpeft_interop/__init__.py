@@ -12,6 +12,8 @@ from jpeft_interop.layout import save_layout as save_layout
 from jpeft_interop.load_model import load_model as load_model
 from jpeft_interop.load_peft import load_peft as load_peft
 from jpeft_interop.load_xlora import load_peft_xlora as load_peft_xlora
+from jpeft_interop.provenance import Provenance as Provenance
+from jpeft_interop.provenance import provenance as provenance
 from jpeft_interop.ready import ready_layout as ready_layout
 from jpeft_interop.ready import ready_names as ready_names
 from jpeft_interop.save_model import save_model as save_model
