@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import jpeft
@@ -162,9 +163,23 @@ def make_place(mesh: str | None = None) -> Place | None:
         )
     if wanted == 1:
         return None
-    devices = jax.devices()[:wanted] if wanted < there else None
-    shape, names = tuple(sizes.values()), tuple(sizes)
-    return Place(jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * len(shape), devices=devices))
+    devices = arranged(jax.devices()[:wanted], sizes[DATA], sizes[FSDP])
+    return Place(Mesh(devices, (DATA, FSDP), axis_types=(AxisType.Auto,) * 2))
+
+
+def arranged(devices: Sequence[Any], data: int, fsdp: int) -> np.ndarray:
+    """Devices in the shape (data, fsdp), by what connects them.
+
+    Of several slices (of TPUs; a host's GPUs are one), as far as it goes, each has whole rows: weights are then
+    gathered within a slice, and only gradients cross between slices.
+    """
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    between = math.gcd(data, slices), slices // math.gcd(data, slices)
+    within = data // between[0], fsdp // between[1]
+    may_split = devices[0].device_kind in ("TPU v5 lite", "TPU v5e")  # as jax.make_mesh has it, for one slice alone
+    if slices == 1:
+        return mesh_utils.create_device_mesh(within, devices, allow_split_physical_axes=may_split)
+    return mesh_utils.create_hybrid_device_mesh(within, between, devices, allow_split_physical_axes=may_split)
 
 
 def _sizes(mesh: str) -> dict[str, int]:

@@ -2,12 +2,13 @@
 
 import re
 import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from safetensors import safe_open
 
-from jpeft_interop.place import PlaceError, make_place
+from jpeft_interop.place import PlaceError, arranged, make_place
 from jpeft_interop.processes import ProcessesError, _who, in_cluster, joined
 from reliability.processes import AGREES_TO, Place, as_slurm_does, difference, put_examples, same_bits, signalled
 
@@ -87,6 +88,17 @@ def test_meshes_that_the_devices_do_not_make():
     ):
         with pytest.raises(PlaceError, match=what):
             make_place(mesh)
+
+
+def test_slices_have_whole_rows_of_the_mesh():
+    gpus = [
+        SimpleNamespace(id=n, platform="gpu", device_kind="H100", slice_index=n // 4, process_index=n) for n in range(8)
+    ]
+    slices = lambda data, fsdp: [[gpu.slice_index for gpu in row] for row in arranged(gpus, data, fsdp)]
+    assert slices(2, 4) == [[0] * 4, [1] * 4]
+    assert slices(4, 2) == [[0, 0], [0, 0], [1, 1], [1, 1]]
+    assert slices(1, 8) == [[0] * 4 + [1] * 4]  # one row takes both
+    assert sorted(gpu.id for gpu in arranged(gpus, 8, 1).flat) == list(range(8))
 
 
 def test_parts_of_batches_are_the_batches():
