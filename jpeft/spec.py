@@ -6,12 +6,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
+import numpy as np
+
 from jpeft.errors import SpecError
 from jpeft.kernel import Kernel
 from jpeft.regex import RegexError, parsed
 from jpeft.targets import FIXED, MOST_LAYERS_PATTERNS, MOST_REGEXES, Patterns, Targets, frozen_mapping, frozen_names
 
 Bias = Literal["none", "all", "lora_only"]
+LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True, repr=False, kw_only=True)
@@ -112,6 +115,11 @@ class Spec:
         """Raises SpecError for what is no rank."""
         if not isinstance(rank, int) or isinstance(rank, bool) or rank < least:
             raise self.fail(f"{name} must be an integer >= {least}; found {rank!r}")
+
+    def check_number(self, name: str, value: Any) -> None:
+        """Raises SpecError for what float32 has no finite number for."""
+        if not abs(value) <= LARGEST:
+            raise self.fail(f"{name} must be a finite number of float32; found {value!r}")
 
     def check_one_of(self, name: str, known: tuple[Any, ...]) -> None:
         """Raises SpecError for an unknown word."""

@@ -78,6 +78,8 @@ class AdaLoRA(Spec):
         self.check_regexes(*self.patterns)
         for name in ("dropout", "beta1", "beta2"):
             self.check_rate(name)
+        for name in ("alpha", "orthogonality"):
+            self.check_number(name, getattr(self, name) or 0)
         self._check_schedule()
 
     def _check_schedule(self) -> None:

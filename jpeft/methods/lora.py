@@ -80,6 +80,8 @@ class LoRA(Spec):
         self.freeze("alpha_pattern", frozen_mapping(self.alpha_pattern))
         for name, rank in (("rank", self.rank), *frozen_mapping(self.rank_pattern)):
             self.check_ranks(name, rank)
+        for name, alpha in (("alpha", self.alpha), *frozen_mapping(self.alpha_pattern)):
+            self.check_number(name, alpha or 0)
         self.check_regexes(*self.patterns)
         self.check_rate("dropout")
         self.check_one_of("init", ("kaiming", "gaussian"))
