@@ -23,9 +23,9 @@ from jpeft_interop.base import CAUSAL_LM, CLASSIFICATION, TASKS, Base, load_base
 from jpeft_interop.load_model import hf_folder, read_config
 from jpeft_interop.method_defaults import for_run
 from jpeft_interop.metrics import MetricsLog
-from jpeft_interop.place import Place
 from jpeft_interop.plot import plot_loss, plot_ranks
 from jpeft_interop.progress import watched
+from jpeft_interop.run_place import RunPlace
 from jpeft_interop.save_peft import save_peft
 from jpeft_interop.snapshots import Snapshots, discard, fingerprint, fingerprint_of_rows
 from jpeft_interop.tokenizer import Tokenizer, load_tokenizer
@@ -131,7 +131,7 @@ def finetune(
     *,
     console: Console,
     resume: bool = True,
-    place: Place | None = None,
+    place: RunPlace | None = None,
 ) -> Result:
     """Trains an adapter; `out` gets `adapter/` (PEFT's format), `metrics.jsonl`, `loss.png` and `checkpoints/`.
 
@@ -189,7 +189,7 @@ def examples_for(file: str | Path, tokenizer: Tokenizer, settings: Settings) -> 
     return Examples(rows(learnt), rows(held_out) if held_out else None)
 
 
-def base_for(model: str | Path, settings: Settings, labels: data.Labels | None, place: Place | None = None) -> Base:
+def base_for(model: str | Path, settings: Settings, labels: data.Labels | None, place: RunPlace | None = None) -> Base:
     """The model under the head of the task, on the mesh if there is one."""
     count = len(labels.names) if labels else None
     key = jax.random.fold_in(jax.random.key(settings.seed), 1)
@@ -229,7 +229,7 @@ def _train(
     settings: Settings,
     out: Path,
     console: Console,
-    place: Place | None,
+    place: RunPlace | None,
 ) -> tuple[train.State, MetricsLog]:
     assert settings.lr is not None
     adamw = train.adamw(
@@ -271,14 +271,14 @@ def _train(
     return state, log
 
 
-def _batches(examples: Examples, settings: Settings, place: Place | None) -> Any:
+def _batches(examples: Examples, settings: Settings, place: RunPlace | None) -> Any:
     size = settings.batch_size
     if place is None:
         return data.shuffled(examples.rows, size, settings.seed)
     return place.batches(data.shuffled(examples.rows, size, settings.seed, place.rows_here(size)), size)
 
 
-def _here(tree: Any, place: Place | None) -> Any:
+def _here(tree: Any, place: RunPlace | None) -> Any:
     return tree if place is None else place.everywhere(tree)
 
 
@@ -288,7 +288,7 @@ def loss_for(base: Base) -> train.Loss:
 
 
 def scorer_for(
-    base: Base, examples: Examples, settings: Settings, console: Console, place: Place | None = None
+    base: Base, examples: Examples, settings: Settings, console: Console, place: RunPlace | None = None
 ) -> Callable[[Any], Any]:
     """What scores an adapter on the rows held out; None where there are none."""
     score = train.scorer(base.forward, loss=loss_for(base), home=place and place.whole)
@@ -316,7 +316,9 @@ def _run(base: Base, adapter: jpeft.Adapter, examples: Examples, steps: int, set
     }
 
 
-def _write(out: Path, state: train.State, base: Base, examples: Examples, log: MetricsLog, place: Place | None) -> None:
+def _write(
+    out: Path, state: train.State, base: Base, examples: Examples, log: MetricsLog, place: RunPlace | None
+) -> None:
     """All processes give what they have of the adapter and its base; process 0 writes."""
     adapter = _here(state.adapter, place)
     is_adalora = isinstance(adapter.spec, jpeft.AdaLoRA)

@@ -16,9 +16,9 @@ from jpeft.errors import AdapterError
 from jpeft.shared import is_shared, values
 from jpeft.tree import map_leaves
 from jpeft_interop import load_adapters, load_model, load_peft, save_adapters, save_peft
-from jpeft_interop.place import Place
 from jpeft_interop.processes import joined
 from jpeft_interop.provenance import provenance
+from jpeft_interop.run_place import RunPlace
 
 SPEC = jpeft.LoRA(rank=2, targets=["q_proj", "down_proj", "embed_tokens"])
 
@@ -46,7 +46,7 @@ def main() -> None:
         several = jax.process_count() > 1
         mesh = jax.make_mesh((1, jax.device_count()), ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
         _, params = load_model(options.model)
-        params = Place(mesh).base(params)
+        params = RunPlace(mesh).base(params)
         adapter = noise(jpeft.init(jax.random.key(0), SPEC, params), 1)
         assert is_shared(params) == is_shared(adapter) == several
         write(options.out, adapter, params)

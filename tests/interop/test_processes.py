@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from jpeft_interop.place import PlaceError, arranged, make_place
 from jpeft_interop.processes import ProcessesError, _who, in_cluster, joined
+from jpeft_interop.run_place import PlaceError, arranged, make_run_place
 from reliability.processes import AGREES_TO, Place, as_slurm_does, difference, put_examples, same_bits, signalled
 
 
@@ -79,7 +79,7 @@ def test_who_is_in_a_cluster():
 
 
 def test_meshes_that_the_devices_do_not_make():
-    assert make_place("data=1") is None
+    assert make_run_place("data=1") is None
     for mesh, what in (
         ("data=2,fsdp=2", "there are 1"),
         ("tensor=1", "sizes by axis"),
@@ -87,7 +87,7 @@ def test_meshes_that_the_devices_do_not_make():
         ("data=1,data=1", "sizes by axis"),
     ):
         with pytest.raises(PlaceError, match=what):
-            make_place(mesh)
+            make_run_place(mesh)
 
 
 def test_slices_have_whole_rows_of_the_mesh():

@@ -175,8 +175,8 @@ def finetune(
 
     from jpeft_interop.finetune import Settings
     from jpeft_interop.finetune import finetune as run
-    from jpeft_interop.place import make_place
     from jpeft_interop.processes import first, joined
+    from jpeft_interop.run_place import make_run_place
 
     spec = _spec(method, rank, initial_rank, alpha, targets, dropout, rslora)
     settings = Settings(
@@ -200,7 +200,7 @@ def finetune(
     try:
         with joined(coordinator, processes, process_id, heartbeat=heartbeat):
             console = Console(quiet=not first())
-            result = run(model, data, out, settings, console=console, resume=resume, place=make_place(mesh))
+            result = run(model, data, out, settings, console=console, resume=resume, place=make_run_place(mesh))
     except KeyboardInterrupt:
         console.print("Interrupted. The same command goes on from the last checkpoint.")
         raise Exit(130) from None

@@ -29,7 +29,7 @@ class PlaceError(JpeftError):
 
 
 @dataclass(frozen=True)
-class Place:
+class RunPlace:
     """A mesh, and where on it what lives.
 
     Attributes:
@@ -141,7 +141,7 @@ class Batches:
         self._here.set_state(state)
 
 
-def make_place(mesh: str | None = None) -> Place | None:
+def make_run_place(mesh: str | None = None) -> RunPlace | None:
     """The mesh that a text such as `data=2,fsdp=4` means; None for one device, which needs none.
 
     Args:
@@ -151,7 +151,7 @@ def make_place(mesh: str | None = None) -> Place | None:
       PlaceError: no such axis, no such size, or not as many devices as there are.
 
     Example:
-      >>> make_place("data=1") is None
+      >>> make_run_place("data=1") is None
       True
     """
     sizes = {DATA: jax.device_count(), FSDP: 1} if mesh is None else {DATA: 1, FSDP: 1} | _sizes(mesh)
@@ -164,7 +164,7 @@ def make_place(mesh: str | None = None) -> Place | None:
     if wanted == 1:
         return None
     devices = arranged(jax.devices()[:wanted], sizes[DATA], sizes[FSDP])
-    return Place(Mesh(devices, (DATA, FSDP), axis_types=(AxisType.Auto,) * 2))
+    return RunPlace(Mesh(devices, (DATA, FSDP), axis_types=(AxisType.Auto,) * 2))
 
 
 def arranged(devices: Sequence[Any], data: int, fsdp: int) -> np.ndarray:
