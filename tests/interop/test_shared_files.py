@@ -4,23 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from reliability.processes import start
 from tests.interop.tiny_folder import write_folder
 
 COMMAND = "from tests.interop.shared_files import main; main()"
-
-
-@pytest.fixture(scope="module")
-def written(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("shared")
-    write_folder(folder / "llama")
-    for name, count, devices in (("alone", 1, 1), ("shared", 2, 2)):
-        arguments = [str(folder / "llama"), str(folder / name)]
-        peers = start(arguments, folder / f"log-{name}", count, devices, command=COMMAND)
-        assert peers.wait() == [0] * count, "\n".join(map(peers.said, range(count)))
-    return folder
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -35,11 +22,13 @@ def content(name: str, held: bytes) -> tuple[Any, bytes]:
     return json.loads(held[8:end]), held[end:]
 
 
-def test_each_file_holds_the_same(written):
-    alone, shared = files(written / "alone"), files(written / "shared")
+def test_each_file_holds_the_same_and_names_the_base(tmp_path):
+    write_folder(tmp_path / "llama")
+    for name, count, devices in (("alone", 1, 1), ("shared", 2, 2)):
+        arguments = [str(tmp_path / "llama"), str(tmp_path / name)]
+        peers = start(arguments, tmp_path / f"log-{name}", count, devices, command=COMMAND)
+        assert peers.wait() == [0] * count, "\n".join(map(peers.said, range(count)))
+    alone, shared = files(tmp_path / "alone"), files(tmp_path / "shared")
     assert len(alone) == 10 and alone.keys() == shared.keys()
     assert [name for name in alone if content(name, alone[name]) != content(name, shared[name])] == []
-
-
-def test_the_base_is_named(written):
-    assert all(b"base=unknown" not in held for held in files(written / "shared").values())
+    assert all(b"base=unknown" not in held for held in shared.values())
