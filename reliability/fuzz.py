@@ -78,6 +78,7 @@ class Result:
       slowest: of them, in ms of the thread's CPU time.
       ends: how many ended in which way; `read` are those without an error.
       failures: what ended as none may, and its input.
+      slow: the input that took the longest.
       seconds: for all of them.
     """
 
@@ -85,6 +86,7 @@ class Result:
     slowest: float = 0.0
     ends: Counter[str] = field(default_factory=Counter)
     failures: list[tuple[str, Input]] = field(default_factory=list)
+    slow: Input = None
     seconds: float = 0.0
 
 
@@ -111,7 +113,8 @@ def fuzz(target: Target, executions: int, seed: int, on_step: Callable[[], Any] 
             except Exception as error:  # any other is what this looks for
                 end = f"FAILURE {type(error).__name__}"
                 result.failures.append((_told(error), one))
-            result.slowest = max(result.slowest, (time.thread_time() - start) * 1e3)
+            if (took := (time.thread_time() - start) * 1e3) > result.slowest:
+                result.slowest, result.slow = took, one
             if end == "read" and len(valid) < KEPT:
                 valid.append(one)
             if end not in result.ends and len(odd) < KEPT:
@@ -348,7 +351,10 @@ def main() -> None:
             print(f"FAILURE of {name}, kept in {options.kept}: {told[-600:]}", file=sys.stderr)
         failed |= bool(one.failures) or one.slowest > SLOWEST
         if one.slowest > SLOWEST:
-            print(f"{name}: one took {one.slowest:.0f} ms of the CPU; promised are {SLOWEST}", file=sys.stderr)
+            options.kept.mkdir(exist_ok=True)
+            (options.kept / f"{name}-slow.txt").write_text(repr(one.slow), errors="backslashreplace")
+            told = f"one took {one.slowest:.0f} ms of the CPU; promised are {SLOWEST}"
+            print(f"{name}: {told}; kept in {options.kept}", file=sys.stderr)
     sys.exit(failed)
 
 
