@@ -86,7 +86,7 @@ class Result:
     slowest: float = 0.0
     ends: Counter[str] = field(default_factory=Counter)
     failures: list[tuple[str, Input]] = field(default_factory=list)
-    slow: Input = None
+    slow: Input | None = None
     seconds: float = 0.0
 
 
