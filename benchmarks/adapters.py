@@ -1,6 +1,6 @@
 """What do many adapters cost: several trained together over one base, and a batch whose rows have one each?
 
-    python benchmarks/adapters.py [--together 1 2 4 8] [--adapters 16] [--rows 32] [--layers 2] [--rounds 2]
+    python benchmarks/adapters.py [--together 1 8] [--adapters 16] [--rows 32] [--layers 2] [--rounds 2]
 
 Together: K runs of `train.step`, each with a state of its own, called one after the other; the same in one compiled
 step, in a loop (`sweep.step`) and by `vmap` (`sweep.step(at_once=True)`). By row: a batch whose rows each have one of
@@ -35,7 +35,7 @@ class Output(NamedTuple):
 def main() -> None:
     """Prints both tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--together", type=int, nargs="*", default=[1, 2, 4, 8])
+    parser.add_argument("--together", type=int, nargs="*", default=[1, 8])
     parser.add_argument("--adapters", type=int, default=16)
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--layers", type=int, default=2)

@@ -1,6 +1,6 @@
 """What do tracing and compiling a lifted step cost, over full fine-tuning of the plain model? And calling it?
 
-    python benchmarks/compiling.py [--unrolled 4 8 16] [--scanned 4 8 16 32] [--rounds 2] [--calls 1000]
+    python benchmarks/compiling.py [--unrolled 4 16] [--scanned 4 32] [--rounds 2] [--calls 1000]
 
 Each step is traced and compiled anew every round, the two in turns, with no compilation cache: `jax.clear_caches()`
 before each. A call is timed on a model so small that there is nearly nothing to compute: the lifted step beside
@@ -93,8 +93,8 @@ def call(step: Callable[..., Any], *arguments: Any) -> float:
 def main() -> None:
     """Prints a table, and a sentence about calls."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--unrolled", type=int, nargs="*", default=[4, 8, 16])
-    parser.add_argument("--scanned", type=int, nargs="*", default=[4, 8, 16, 32])
+    parser.add_argument("--unrolled", type=int, nargs="*", default=[4, 16])
+    parser.add_argument("--scanned", type=int, nargs="*", default=[4, 32])
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--calls", type=int, default=1000)
     options = parser.parse_args()

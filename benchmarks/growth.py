@@ -47,10 +47,10 @@ class Point:
 
 
 QUESTIONS: Mapping[str, Sequence[Any]] = {
-    "rank": (4, 8, 16, 32, 64, 128, 256),
-    "tokens": (256, 512, 1024, 2048, 4096),
-    "layers": (4, 8, 16, 32),
-    "adapters": (1, 2, 4, 8, 16, 32, 64),
+    "rank": (4, 16, 64, 256),
+    "tokens": (256, 1024, 4096),
+    "layers": (4, 12, 32),
+    "adapters": (1, 4, 16, 64),
     "targets": tuple(TARGETS),
 }
 

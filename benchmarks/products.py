@@ -1,6 +1,6 @@
 """Which form of the frozen product with a low-rank branch, `x W + s (x A) B`, costs least on this device?
 
-    python benchmarks/products.py [--rank 8] [--rounds 5] [--shapes 1024x512x512 ...] [--dtype float32]
+    python benchmarks/products.py [--rank 8] [--rounds 3] [--shapes 1024x512x512 ...] [--dtype float32]
 
 Forms, each for one kernel and for three that share their input (q, k and v), forward alone, and forward and backward
 through the activations and the factors; all rows are timed in turns, and divided by the frozen product's of the round:
@@ -232,7 +232,7 @@ def main() -> None:
     """Prints one table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
         "--shapes", nargs="*", help="rows x in x out; by default small ones on a CPU, an LLM's elsewhere"
     )
