@@ -1,10 +1,10 @@
 """How does the cost of a LoRA step grow with rank, tokens, layers, adapters and targets?
 
-    python benchmarks/growth.py [--rounds 1] [--questions rank tokens layers adapters targets] [--folder benchmarks]
+    python benchmarks/growth.py [--rounds 1] [--all] [--questions rank tokens layers adapters targets] [--folder .]
 
 A small Linen Llama (d = 256; one question's size is varied, the others stay at 4 layers, 512 tokens, rank 8, the
 layers' seven kernels), every step over its own floor, timed in turns with it. Several adapters are trained by one batch
-of 64 examples of 8 tokens, one each in turn, gathered from a stack. Writes `growth-QUESTION.png`, and slopes in words.
+of 64 examples of 8 tokens, one each in turn, gathered from a stack. Every other size, or `--all`. Writes `growth-QUESTION.png`, and slopes in words.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ class Point:
 
 
 QUESTIONS: Mapping[str, Sequence[Any]] = {
-    "rank": (4, 16, 64, 256),
-    "tokens": (256, 1024, 4096),
-    "layers": (4, 12, 32),
-    "adapters": (1, 4, 16, 64),
+    "rank": (4, 8, 16, 32, 64, 128, 256),
+    "tokens": (256, 512, 1024, 2048, 4096),
+    "layers": (4, 8, 16, 32),
+    "adapters": (1, 2, 4, 8, 16, 32, 64),
     "targets": tuple(TARGETS),
 }
 
@@ -85,9 +85,11 @@ def several(subject: Subject, one: jpeft.Adapter, point: Point) -> Row:
     return loss, stack([one] * point.adapters).trained, subject.params
 
 
-def ask(question: str, rounds: int) -> dict[Any, tuple[Measured, Measured]]:
-    """A floor and a step at each size."""
-    return {size: pair(question, Point(**{question: size}), rounds) for size in QUESTIONS[question]}
+def ask(question: str, rounds: int, every: int) -> dict[Any, tuple[Measured, Measured]]:
+    """A floor and a step at each size, or at one in so many and the last."""
+    sizes = QUESTIONS[question]
+    asked = (*sizes[:-1:every], sizes[-1])
+    return {size: pair(question, Point(**{question: size}), rounds) for size in asked}
 
 
 def pair(question: str, point: Point, rounds: int) -> tuple[Measured, Measured]:
@@ -142,13 +144,14 @@ def main() -> None:
     """Prints one table and a sentence for each question, and draws a picture of each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--all", action="store_true", help="sizes, not every other one")
     parser.add_argument("--questions", nargs="*", choices=QUESTIONS, default=list(QUESTIONS))
     parser.add_argument("--folder", type=Path, default=Path(__file__).parent)
     options = parser.parse_args()
     rows, words = [], []
     for question in options.questions:
         jax.clear_caches()
-        found = ask(question, options.rounds)
+        found = ask(question, options.rounds, 1 if options.all else 2)
         draw(question, found, options.folder / f"growth-{question}.png")
         rows += lines(question, found)
         words.append(f"- {slope(question, found)}")
