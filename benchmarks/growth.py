@@ -4,7 +4,8 @@
 
 A small Linen Llama (d = 256; one question's size is varied, the others stay at 4 layers, 512 tokens, rank 8, the
 layers' seven kernels), every step over its own floor, timed in turns with it. Several adapters are trained by one batch
-of 64 examples of 8 tokens, one each in turn, gathered from a stack. Every other size, or `--all`. Writes `growth-QUESTION.png`, and slopes in words.
+of 64 examples of 8 tokens, one each in turn, gathered from a stack. Takes every other
+size, or `--all`. Writes `growth-QUESTION.png`, and slopes in words.
 """
 
 from __future__ import annotations
