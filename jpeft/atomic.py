@@ -143,9 +143,12 @@ def locked(folder: Path, wait: bool = True) -> Iterator[bool]:
       Whether it is held: not where it is taken, or the file system has no locks.
     """
     descriptor = os.open(folder, os.O_RDONLY)
+    held = _try_lock(descriptor, wait)
     try:
-        yield _try_lock(descriptor, wait)
+        yield held
     finally:
+        if fcntl is not None and held:
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # a process forked meanwhile has the descriptor, too
         os.close(descriptor)
 
 

@@ -3,13 +3,14 @@ import multiprocessing
 import os
 import shutil
 import signal
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from jpeft import atomic
-from jpeft.atomic import write_file, write_folder
+from jpeft.atomic import locked, write_file, write_folder
 from jpeft.errors import JpeftError
 from jpeft.exchange import exchange
 
@@ -202,3 +203,17 @@ def test_writers_at_once_leave_one_whole_folder(tmp_path):
         list(pool.map(write_often, [tmp_path / "out"] * 3, "123"))
     assert contents(tmp_path) and len(set(contents(tmp_path).values())) == 1
     assert os.listdir(tmp_path) == ["out"] and sorted(os.listdir(tmp_path / "out")) == ["a", "b", "c"]
+
+
+def test_a_process_forked_meanwhile_holds_no_lock(tmp_path):
+    with locked(tmp_path):
+        child = os.fork()
+        if child == 0:
+            time.sleep(60)
+            os._exit(0)
+    try:
+        with locked(tmp_path, wait=False) as held:
+            assert held
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
