@@ -12,6 +12,7 @@ from jpeft.kernel import Kernel
 from jpeft.site import Site
 
 Leaves = dict[str, Array]
+Shapes = dict[str, tuple[int, ...]]
 Axes = tuple[int | None, ...]  # of a leaf: the axis of the weight that each of its axes is, None for the rank
 Weights = Callable[[], Array]
 
@@ -87,6 +88,7 @@ class Method(NamedTuple):
       matrices: `(leaves, kernel) -> leaves`, each leaf's own axes joined: A `(*batch, *contracted, r)` becomes
         `(*batch, in, r)`.
       init: the trained leaves of a new adapter.
+      shapes: `(spec, site) -> {leaf: shape}` of the leaves there are, trained and constant, all but a `mask`.
       axes: `kernel -> {leaf: axes}`, for every leaf there may be: where each of its axes comes from, in the weight.
       constant: `(spec, site) -> leaves` that are not trained.
       delta: `leaves -> ΔW` where `W' = W + ΔW` whatever W is; None for other methods. Only these can be weighted.
@@ -103,6 +105,7 @@ class Method(NamedTuple):
     transform: Callable[[Array, Leaves], Array]
     matrices: Callable[[Leaves, Kernel], Leaves]
     init: Init
+    shapes: Callable[[Any, Site], Shapes]
     axes: Callable[[Kernel], dict[str, Axes]] = lambda kernel: {}
     constant: Callable[[Any, Site], Leaves] = lambda spec, site: {}
     delta: Callable[[Leaves], Array] | None = None

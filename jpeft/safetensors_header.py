@@ -20,6 +20,8 @@ from jpeft.strict_json import open_file, parse_json_object
 
 MAX_HEADER_BYTES, ADAPTER_HEADER_BYTES = 100_000_000, 8_000_000
 MAX_DIMENSIONS, DEPTH, LARGEST = 32, 4, 2**63
+VALUES, OTHER_VALUES = 12, 10_000  # of JSON: in the entry of a tensor, as they are, and in the metadata
+MAX_NAME = 1_000  # characters of a tensor's name
 ENTRY_BYTES = 160  # of a tensor's entry with a name as they are, which limits how many there may be
 SPARSE, HOLLOW = 1 << 26, 64  # a file larger than that, of which the disk holds less than one part in so many
 DTYPES: Mapping[str, np.dtype] = {
@@ -101,10 +103,11 @@ def parse_header(
         raise error(f"{path}: {what}: expected the header to end by byte {limit}, found {start}")
     text = bytes(data[8:start])
     most = header_bytes // ENTRY_BYTES if most is None else min(most, header_bytes // ENTRY_BYTES)
-    if (found := text.count(b"{")) > most + 2:  # the header itself, and its metadata
-        raise error(f"{path}: expected at most {most} tensors, found {found - 2} or so")
-    header = parse_json_object(text, f"{path}: the header", error, DEPTH, floats=False)
+    values = VALUES * most + OTHER_VALUES
+    header = parse_json_object(text, f"{path}: the header", error, DEPTH, floats=False, most=values)
     metadata = _metadata(header.pop("__metadata__", {}), path, error)
+    if len(header) > most:
+        raise error(f"{path}: expected at most {most} tensors, found {len(header)}")
     entries = {key: _entry(key, value, start, path, error) for key, value in header.items()}
     entries = dict(sorted(entries.items(), key=lambda item: item[1].begin))
     _require_gapless(entries, start, size, path, error)
@@ -119,6 +122,8 @@ def _metadata(value: Any, path: str, error: type[JpeftError]) -> dict[str, str]:
 
 def _entry(key: str, value: Any, start: int, path: str, error: type[JpeftError]) -> Entry:
     where = lambda: f"{path}: the header's entry {key!r:.200}"
+    if len(key) > MAX_NAME:
+        raise error(f"{where()}…: expected a name of at most {MAX_NAME} characters, found {len(key)}")
     if not isinstance(value, dict) or value.keys() != FIELDS:
         raise error(f"{where()}: expected an object with dtype, shape and data_offsets, found {value!r:.200}")
     name, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]

@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +20,21 @@ from jpeft.adapter import Adapter, Meta, Part
 from jpeft.atomic import write_file
 from jpeft.digest import digest, fingerprint, sampled
 from jpeft.errors import AdapterError, JpeftError
+from jpeft.finite import is_finite
 from jpeft.kernel import Kernel
 from jpeft.methods import METHODS, SPECS, lora
-from jpeft.safetensors_header import ADAPTER_HEADER_BYTES, open_safetensors, tensor_at
+from jpeft.safetensors_header import ADAPTER_HEADER_BYTES, DTYPES, open_safetensors, tensor_at
 from jpeft.shared import entries, has_values, is_shared, values, write_once
 from jpeft.site import Site
 from jpeft.strict_json import parse_json_object
-from jpeft.tree import flatten
+from jpeft.tree import flatten, nearest
 from jpeft.typed import from_json
 
 FORMAT, UNSIGNED = "jpeft-2", "jpeft-1"  # the second has no digest
 KINDS = ("product", "embedding", "conv", "replacement")
 KNOWN = {FORMAT: {"format", "meta", "digest", "base"}, UNSIGNED: {"format", "meta"}}
 MOST_MATRICES, MOST_ENTRIES, MOST_RANK = 1 << 20, 1 << 48, 1 << 20  # of one weight
-MOST_KINDS = 500  # of weights, by all but their paths
+MOST_LETTERS, META_DEPTH, META_VALUES, MOST_NAMES = 1_000, 6, 400_000, 50_000  # of a path, in the metadata, in a list
 
 
 def save(path: str | os.PathLike[str], adapter: Adapter, *, params: Any = None) -> None:
@@ -65,15 +66,25 @@ def save(path: str | os.PathLike[str], adapter: Adapter, *, params: Any = None) 
         for leaf, array in leaves.items()
     }
     metadata = {"format": FORMAT, "meta": json.dumps(_meta_to_json(adapter.meta))}
-    if params is not None and (base := base_fingerprint(params, adapter)) is not None:
+    if params is not None and (base := base_fingerprint(str(path), params, adapter)) is not None:
         metadata["base"] = base
     metadata["digest"] = digest(tensors, metadata)
-    write_once(is_shared((adapter, params)), lambda: write_file(path, lambda file: _write(file, tensors, metadata)))
+    fill = lambda file: write_tensors(file, tensors, metadata)
+    write_once(is_shared((adapter, params)), lambda: write_file(path, fill))
 
 
-def _write(file: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
+def write_tensors(file: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
+    """A safetensors file, for a place that is then put where it belongs whole.
+
+    Raises:
+      AdapterError: it has no name for the dtype of one of them.
+      OSError: it can't be written.
+    """
+    for key, tensor in tensors.items():
+        if tensor.dtype not in DTYPES.values():
+            raise AdapterError(f"{key!r:.200}: a file has no name for {tensor.dtype}; nothing was written")
     try:
-        save_file(tensors, file, metadata)
+        save_file(dict(tensors), file, dict(metadata))
     except SafetensorError as error:  # which is what the library calls a full disk
         raise OSError(f"{file.name}: {error}; nothing was written") from error
 
@@ -82,11 +93,6 @@ def _finite(array: np.ndarray, where: str, leaf: str) -> np.ndarray:
     if not is_finite(array):
         raise AdapterError(f"{leaf!r} of {where!r} holds values that are not finite; nothing was written")
     return np.asarray(array, order="C")  # not ascontiguousarray, which makes a vector of a scalar
-
-
-def is_finite(array: np.ndarray) -> bool:
-    """Whether there is no infinity and no NaN in it."""
-    return not jnp.issubdtype(array.dtype, jnp.inexact) or bool(np.isfinite(array.astype(np.float32)).all())
 
 
 def load(path: str | os.PathLike[str], *, params: Any = None) -> Adapter:
@@ -106,7 +112,7 @@ def load(path: str | os.PathLike[str], *, params: Any = None) -> Adapter:
     mapped, header, metadata = open_safetensors(path, AdapterError, ADAPTER_HEADER_BYTES)
     adapter = parse(str(path), {key: tensor_at(mapped, entry) for key, entry in header.items()}, metadata)
     if params is not None and "base" in metadata:
-        check_base(str(path), metadata["base"], base_fingerprint(params, adapter), "leave out params=")
+        check_base(str(path), metadata["base"], base_fingerprint(str(path), params, adapter), "leave out params=")
     return adapter
 
 
@@ -127,7 +133,7 @@ def parse(path: str, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, s
         parts: dict[str, Part] = {"trained": {}, "constant": {}}
         for key, tensor in tensors.items():
             _put(parts, key, tensor, path)
-        _check_finite(tensors, path)
+            check_tensor(key, tensor, path)
         if form == FORMAT:
             _check_digest(path, tensors, metadata)
         adapter = Adapter(parts["trained"], parts["constant"], meta)
@@ -136,13 +142,21 @@ def parse(path: str, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, s
         raise
     except (JpeftError, ArithmeticError, AssertionError, LookupError, TypeError, ValueError) as error:
         raise AdapterError(f"{path}: {error!s:.500}") from error
-    return jax.tree.map(jnp.array, adapter)  # a copy: what happens to the file later can't reach it
+    # a copy, so that what happens to the file later can't reach it, and not jnp's, which compiles one for each shape
+    return jax.tree.map(lambda leaf: jax.device_put(np.array(leaf)), adapter)
 
 
-def _check_finite(tensors: Mapping[str, np.ndarray], path: str) -> None:
-    for key, tensor in tensors.items():
-        if not is_finite(tensor):
-            raise AdapterError(f"{path}: key {key!r:.200} holds values that are not finite")
+def check_tensor(key: str, tensor: np.ndarray, path: str) -> None:
+    """Of a stranger's file: raises AdapterError for no floats, for what JAX would cast, and for values not finite."""
+    if not jnp.issubdtype(tensor.dtype, jnp.floating):
+        raise AdapterError(f"{path}: key {key!r:.200}: expected floats, found {tensor.dtype}")
+    if (kept := jax.dtypes.canonicalize_dtype(tensor.dtype)) != tensor.dtype:
+        raise AdapterError(
+            f"{path}: key {key!r:.200} is {tensor.dtype}, which JAX would cast to {kept} here: turn it on "
+            "(jax.config.update('jax_enable_x64', True)), or have the file written in another dtype"
+        )
+    if not is_finite(tensor):
+        raise AdapterError(f"{path}: key {key!r:.200} holds values that are not finite")
 
 
 def _check_digest(path: str, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
@@ -160,16 +174,31 @@ def check_base(path: str, expected: str, found: str | None, way_out: str) -> Non
         )
 
 
-def base_fingerprint(params: Any, adapter: Adapter) -> str | None:
-    """Of the weights that an adapter acts on; None where some are mere shapes."""
-    flat = flatten(params)
-    leaves: list[tuple[str, Any]] = [
-        (site.path, flat.get(site.path)) for site in adapter.sites if site.method != "replacement"
-    ]
-    if not leaves or not all(has_values(leaf) for _, leaf in leaves):
+def base_fingerprint(path: str, params: Any, adapter: Adapter) -> str | None:
+    """Of the weights that an adapter acts on; None where some are mere shapes. `path` names the file in errors.
+
+    Raises:
+      AdapterError: the params have no such weights.
+    """
+    leaves = _adapted(path, flatten(params), adapter)
+    if not leaves or not all(map(has_values, leaves.values())):
         return None
     at = lambda leaf: np.unravel_index(sampled(leaf.size).astype(np.int64), leaf.shape)
-    return fingerprint((path, leaf.shape, entries(leaf, at(leaf))) for path, leaf in leaves)
+    return fingerprint((where, leaf.shape, entries(leaf, at(leaf))) for where, leaf in leaves.items())
+
+
+def _adapted(path: str, flat: Mapping[str, Any], adapter: Adapter) -> dict[str, Any]:
+    leaves: dict[str, Any] = {}
+    for site in adapter.sites:
+        if site.path not in flat:
+            near = nearest(site.path, flat)
+            raise AdapterError(f"{path}: it acts on {site.path!r}; the params have {near}")
+        if (found := tuple(flat[site.path].shape)) != site.kernel.shape:
+            raise AdapterError(
+                f"{path}: it acts on {site.path!r} of shape {site.kernel.shape}; in the params it is {found}"
+            )
+        leaves |= {site.path: flat[site.path]} if site.method != "replacement" else {}
+    return leaves
 
 
 def _put(parts: dict[str, Part], key: str, array: Any, path: str) -> None:
@@ -177,8 +206,6 @@ def _put(parts: dict[str, Part], key: str, array: Any, path: str) -> None:
     where, _, leaf = rest.rpartition("|")
     if part not in parts or not leaf:
         raise AdapterError(f"{path}: key {key!r:.200} is not 'trained|path|leaf' or 'constant|path|leaf'")
-    if part == "trained" and not jnp.issubdtype(array.dtype, jnp.floating):
-        raise AdapterError(f"{path}: key {key!r:.200}: expected floats, found {array.dtype}")
     parts[part].setdefault(where, {})[leaf] = array
 
 
@@ -192,18 +219,13 @@ def _check(adapter: Adapter, path: str) -> None:
     for where in sites:
         if where not in adapter.trained:
             raise AdapterError(f"{path}: {where!r:.200} has an entry in the metadata but no arrays")
-    known: dict[Any, dict[str, tuple[int, ...]]] = {}  # most weights of a model have one of a few shapes
     for where, site in sites.items():
-        kind = (replace(site, path=""), getattr(adapter.spec, "is_feedforward", lambda _: None)(where))
-        if kind not in known:
-            known[kind] = _shapes(adapter, site)
-        if len(known) > MOST_KINDS:
-            raise AdapterError(f"{path}: expected at most {MOST_KINDS} kinds of weights and ranks, found more")
+        wanted = METHODS[site.method].shapes(adapter.spec, site)
         found = {name: leaf.shape for name, leaf in adapter.leaves(where).items() if name != "mask"}
-        if found.keys() != known[kind].keys():
-            told = f"expected the leaves {sorted(known[kind])}, found {sorted(found)!s:.200}"
+        if found.keys() != wanted.keys():
+            told = f"expected the leaves {sorted(wanted)}, found {sorted(found)!s:.200}"
             raise AdapterError(f"{path}: {where!r:.200} does not hold what {site.method!r} needs: {told}")
-        for leaf, shape in known[kind].items():
+        for leaf, shape in wanted.items():
             if found[leaf] != shape:
                 raise AdapterError(f"{path}: {leaf!r} of {where!r:.200}: expected shape {shape}, found {found[leaf]}")
         _check_mask(adapter, site, path)
@@ -218,25 +240,21 @@ def _check_mask(adapter: Adapter, site: Site, path: str) -> None:
             raise AdapterError(f"{path}: 'mask' of {site.path!r:.200}: expected a shape of {allowed}, found {found}")
 
 
-def _shapes(adapter: Adapter, site: Site) -> dict[str, tuple[int, ...]]:
-    """Of a new adapter's leaves at this site."""
-    method, weight = METHODS[site.method], jax.ShapeDtypeStruct(site.kernel.shape, jnp.float32)
-    new = lambda key, weight: method.init(key, site, adapter.spec, weight, jnp.dtype(jnp.float32))
-    leaves = jax.eval_shape(new, jax.random.key(0), weight) | method.constant(adapter.spec, site)
-    return {name: leaf.shape for name, leaf in leaves.items()}
-
-
 def _meta_to_json(meta: Meta) -> dict[str, Any]:
     return {"method": meta.spec.method, "spec": asdict(meta.spec), "sites": [asdict(site) for site in meta.sites]}
 
 
 def _meta_from_json(text: str, path: str) -> Meta:
     where = f"{path}: the metadata's 'meta'"
-    found = parse_json_object(text.encode(), where, AdapterError)
+    found = parse_json_object(text.encode(), where, AdapterError, META_DEPTH, most=META_VALUES)
     if set(found) != {"method", "spec", "sites"} or not isinstance(found["sites"], list):
         raise AdapterError(f"{where}: expected a method, a spec and a list of sites, found {sorted(found)!s:.200}")
     if not isinstance(method := found["method"], str) or method not in SPECS:
         raise AdapterError(f"{where}: unknown method {method!r:.100}; this jpeft knows {', '.join(SPECS)}")
+    if isinstance(found["spec"], dict):
+        for name, value in found["spec"].items():
+            if isinstance(value, list) and len(value) > MOST_NAMES:
+                raise AdapterError(f"{where}: {name!r:.100}: expected at most {MOST_NAMES} entries, found {len(value)}")
     spec = from_json(SPECS[method], found["spec"], f"{where}: spec")
     sites = tuple(_site(site, f"{where}: sites[{i}]") for i, site in enumerate(found["sites"]))
     for site in sites:
@@ -256,6 +274,8 @@ def _site(found: Any, where: str) -> Site:
     plain = {name: value for name, value in found.items() if name != "kernel"}
     site = from_json(Site, plain, where, kernel=kernel)
     sizes, matrices = math.prod(kernel.shape), math.prod(kernel.batch_shape)
+    if len(site.path) > MOST_LETTERS:
+        raise AdapterError(f"{where}: expected a path of at most {MOST_LETTERS} characters, found {site.path!r:.200}…")
     if min(kernel.shape, default=0) < 0 or sizes >= MOST_ENTRIES or matrices > MOST_MATRICES or len(kernel.shape) > 32:
         raise AdapterError(f"{where}: expected the shape of a weight, found {kernel.shape!s:.200}")
     if not 0 <= site.rank <= MOST_RANK or site.method not in METHODS or kernel.groups < 1:

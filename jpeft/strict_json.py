@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 import stat
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,7 @@ import numpy as np
 from jpeft.errors import AdapterError, JpeftError
 
 MAX_JSON_BYTES, MAX_DEPTH = 100_000_000, 100
-# an open string goes on to the end: if it did not match, each quote in it would be tried anew
-STRINGS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?\Z)', re.DOTALL)
-NO_BRACKETS = re.compile(rb"[^][{}]+")
+OTHERS = bytes(sorted(set(range(256)) - set(b'"[]{},')))  # what is no mark of JSON's structure
 NOT_FILES = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a pipe",
@@ -54,7 +51,12 @@ def read_json_object(
 
 
 def parse_json_object(
-    data: bytes, where: str, error: type[JpeftError], depth: int = MAX_DEPTH, floats: bool = True
+    data: bytes,
+    where: str,
+    error: type[JpeftError],
+    depth: int = MAX_DEPTH,
+    floats: bool = True,
+    most: int | None = None,
 ) -> dict[str, Any]:
     """The object that `data` is the JSON of; `where` names it in errors, which are of the type `error`.
 
@@ -64,11 +66,15 @@ def parse_json_object(
       error: what to raise.
       depth: how deep lists and objects may lie in each other. Seen before anything is parsed: the parser recurses.
       floats: False where no number with a point or an exponent has a place.
+      most: how many values there may be, if that is limited; lists and objects are values, too.
     """
     if data.startswith(b"\xef\xbb\xbf"):
         raise error(f"{where}: expected JSON, found a byte order mark before it")
-    if _depth(data, depth) > depth:
+    deepest, values = _extent(data, depth if most is None else min(depth, most))
+    if deepest > depth:
         raise error(f"{where}: the JSON is nested too deeply: expected at most {depth} levels")
+    if most is not None and values > most:
+        raise error(f"{where}: expected at most {most} values in the JSON, found {values}")
     number = _finite if floats else _no_float
     try:
         text = data.decode("utf-8")
@@ -86,13 +92,20 @@ def parse_json_object(
     return value
 
 
-def _depth(data: bytes, enough: int) -> int:
-    """How deep it goes; 0 where it can't go deeper than `enough`."""
-    if data.count(b"[") + data.count(b"{") <= enough:
-        return 0
-    marks = np.frombuffer(NO_BRACKETS.sub(b"", STRINGS.sub(b"", data)), np.uint8)
-    steps = np.where((marks == ord("[")) | (marks == ord("{")), 1, -1).astype(np.int8)
-    return int(np.cumsum(steps, dtype=np.int32).max(initial=0))
+def _extent(data: bytes, enough: int) -> tuple[int, int]:
+    """How deep lists and objects lie in each other, and how many values there are, about; 0 where both are few.
+
+    Nothing is made for a value or a string here: only the marks of structure are kept, and of those the ones outside
+    strings. A string that does not end goes on to the end.
+    """
+    if sum(map(data.count, (b"[", b"{", b","))) <= enough:
+        return 0, 0
+    marks = data.replace(rb"\\", b"").replace(rb"\"", b"").translate(None, OTHERS)
+    found = np.frombuffer(marks, np.uint8)
+    found = found[np.bitwise_xor.accumulate(found == ord('"')) == (found == ord('"'))]
+    begins, ends = np.isin(found, list(b"[{")), np.isin(found, list(b"]}"))
+    deepest = np.cumsum(begins.astype(np.int8) - ends.astype(np.int8), dtype=np.int32).max(initial=0)
+    return int(deepest), int(np.count_nonzero(begins) + np.count_nonzero(found == ord(",")))
 
 
 def _finite(number: str) -> float:

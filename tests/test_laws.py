@@ -204,6 +204,19 @@ def test_shapes_are_enough(spec):
         jax.tree.map(np.testing.assert_array_equal, fresh(spec, shapes), fresh(spec, params))
 
 
+@pytest.mark.parametrize("layers", [None, 0])
+def test_the_shapes_that_a_method_states(spec, layers):
+    """By which a file is checked before anything is made of it."""
+    if layers is not None:
+        spec = dataclasses.replace(spec, targets=["experts"], bias="none", modules_to_save=(), layers_to_transform=0)
+        spec = dataclasses.replace(spec, feedforward=()) if spec.method == "ia3" else spec
+    adapter = fresh(spec, base())
+    for site in adapter.sites:
+        found = {name: leaf.shape for name, leaf in adapter.leaves(site.path).items()}
+        assert METHODS[site.method].shapes(spec, site) == found
+        assert layers is None or site.layers == (0,)
+
+
 def test_stacks_under_vmap(spec):
     """Adapters of one spec, stacked, applied at once."""
     params = base()

@@ -97,8 +97,8 @@ def renamed(tensors, old, new):
         tensors[f"{key.removesuffix(old)}{new}"] = tensors.pop(key)
 
 
-def many_kinds(meta, tensors):
-    """As many sites as a header holds, each of a shape of its own: to look at each kind takes a millisecond."""
+def many_shapes(meta, tensors):
+    """Each of a shape of its own, for each of which JAX would compile something, if asked."""
     one = meta["sites"][0]
     for n in range(2_000):
         kernel = one["kernel"] | {"shape": (n + 1, 4)}
@@ -106,6 +106,49 @@ def many_kinds(meta, tensors):
         tensors[f"trained|p{n}/kernel|a"] = np.zeros((n + 1, 2), np.float32)
         tensors[f"trained|p{n}/kernel|b"] = np.zeros((2, 4), np.float32)
         tensors[f"constant|p{n}/kernel|scaling"] = np.ones((), np.float32)
+
+
+def cast(tensors, leaf, dtype):
+    for key in [key for key in tensors if key.endswith(f"|{leaf}")]:
+        tensors[key] = tensors[key].astype(dtype)
+
+
+def test_as_many_shapes_as_weights(adapter, caplog):
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        found = parse("f", *described(adapter, many_shapes))
+    assert len(found.sites) == 2_002
+    assert "Compiling" not in caplog.text
+
+
+def test_what_float64_holds(tmp_path, adapter):
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda leaf: jnp.full(leaf.shape, 1e300, jnp.float64), adapter)
+        jpeft.save(tmp_path / "a.safetensors", wide)
+        equal(jpeft.load(tmp_path / "a.safetensors"), wide)
+    with pytest.raises(jpeft.AdapterError, match=r"is float64, which JAX would cast to float32 here: turn it on"):
+        jpeft.load(tmp_path / "a.safetensors")
+
+
+def test_a_dtype_that_the_format_has_no_name_for(tmp_path, adapter):
+    other = jax.tree.map(lambda leaf: leaf.astype(jnp.float8_e4m3b11fnuz), adapter)
+    with pytest.raises(jpeft.AdapterError, match="no name for float8_e4m3b11fnuz; nothing was written"):
+        jpeft.save(tmp_path / "a.safetensors", other)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda params: params.pop("down"), r"acts on 'down/kernel'; the params have 'up/kernel'"),
+        (lambda params: params.update(down={"kernel": jnp.ones((6, 5))}), r"in the params it is \(6, 5\)"),
+    ],
+)
+def test_a_base_that_it_does_not_fit(tmp_path, adapter, change, told):
+    file, other = tmp_path / "a.safetensors", base(0)
+    jpeft.save(file, adapter, params=base(0))
+    change(other)
+    with pytest.raises(jpeft.AdapterError, match=told):
+        jpeft.load(file, params=other)
 
 
 @pytest.mark.parametrize(
@@ -121,7 +164,13 @@ def many_kinds(meta, tensors):
         (lambda meta, tensors: meta["sites"][0].update(rank=1 << 40), r"no such rank"),
         (lambda meta, tensors: meta["sites"][0]["kernel"].update(shape=[1 << 40, 1 << 40]), r"the shape of a weight"),
         (lambda meta, tensors: renamed(tensors, "a", "c"), r"expected the leaves \['a', 'b'.*found \['b', 'c'"),
-        (many_kinds, r"expected at most 500 kinds of weights"),
+        (lambda meta, tensors: meta["sites"][0].update(path="p/" * 600), r"a path of at most 1000 characters"),
+        (lambda meta, tensors: meta["sites"].extend([{}] * 400_000), r"expected at most 400000 values"),
+        (lambda meta, tensors: meta["spec"].update(bias=[[[[[[]]]]]]), r"nested too deeply: expected at most 6"),
+        (lambda meta, tensors: meta["spec"].update(targets=["a"] * 60_000), r"'targets': expected at most 50000"),
+        (lambda meta, tensors: cast(tensors, "scaling", np.complex64), r"expected floats, found complex64"),
+        (lambda meta, tensors: cast(tensors, "scaling", np.bool_), r"expected floats, found bool"),
+        (lambda meta, tensors: cast(tensors, "a", np.float64), r"is float64, which JAX would cast to float32 here"),
     ],
 )
 def test_what_a_file_may_say(adapter, change, told):

@@ -11,8 +11,6 @@ import numpy as np
 from jpeft.shared import values
 
 ALIGNMENT = 64
-CHUNK = 1 << 18
-HALVES = ("bfloat16", "float16")
 
 
 def own(array: np.ndarray, dtype: Any = None) -> jax.Array | np.ndarray:
@@ -50,20 +48,3 @@ def host(leaf: Any) -> np.ndarray:
     if isinstance(leaf, jax.Array) and any(device.platform != "cpu" for device in leaf.devices()):
         return values(leaf.copy())
     return values(leaf)
-
-
-def is_finite(array: np.ndarray) -> bool:
-    """Whether all values are finite, found without a copy of the whole."""
-    flat = array.reshape(-1) if array.flags.c_contiguous else array.ravel(order="K")
-    check = _half_is_finite if flat.dtype.name in HALVES else _chunk_is_finite
-    return all(check(flat[start : start + CHUNK]) for start in range(0, flat.size, CHUNK))
-
-
-def _half_is_finite(chunk: np.ndarray) -> bool:
-    """By the bits, where NumPy is slow: those of the exponent are all ones in what is infinite or no number."""
-    exponent = np.array(np.inf, chunk.dtype).view(np.uint16)
-    return bool((chunk.view(np.uint16) & exponent).max() != exponent)
-
-
-def _chunk_is_finite(chunk: np.ndarray) -> bool:
-    return bool(np.isfinite(chunk.astype(np.float32) if chunk.dtype.itemsize < 4 else chunk).all())

@@ -19,8 +19,8 @@ import jpeft
 from jpeft.adapter import Adapter, Meta
 from jpeft.atomic import write_folder
 from jpeft.errors import WeightsError
+from jpeft.finite import is_finite
 from jpeft.tree import flatten, module_of, nearest
-from jpeft_interop.arrays import is_finite
 from jpeft_interop.layout import Layout
 from jpeft_interop.load_model import CONFIG, hf_folder, read_config
 from jpeft_interop.models.families import FAMILIES, Family

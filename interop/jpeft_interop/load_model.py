@@ -19,10 +19,11 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from jpeft.errors import WeightsError
+from jpeft.finite import is_finite
 from jpeft.strict_json import read_json_object
 from jpeft.tree import flatten
 from jpeft_interop.abstract import abstract_model
-from jpeft_interop.arrays import is_finite, own
+from jpeft_interop.arrays import own
 from jpeft_interop.checkpoint import match, model_table
 from jpeft_interop.fit import some
 from jpeft_interop.gguf import convert_gguf, gguf_file

@@ -14,6 +14,7 @@ import numpy as np
 
 from jpeft.adapter import Adapter, Meta
 from jpeft.errors import AdapterError, JpeftError
+from jpeft.finite import is_finite
 from jpeft.kernel import Kernel, Kernels
 from jpeft.methods import METHODS
 from jpeft.safetensors_header import ADAPTER_HEADER_BYTES
@@ -23,7 +24,6 @@ from jpeft.spec import Spec
 from jpeft.targets import ALL_LINEAR, is_kept, names_module
 from jpeft.tree import flatten, nearest
 from jpeft_interop.adapter_files import adapter_file
-from jpeft_interop.arrays import is_finite
 from jpeft_interop.ia3_keys import as_peft_reads
 from jpeft_interop.join import Joined, Piece
 from jpeft_interop.layout import Layout, Link, default_layout, find

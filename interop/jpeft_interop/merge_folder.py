@@ -23,11 +23,12 @@ from jax import Array
 import jpeft
 from jpeft.adapter import Meta
 from jpeft.errors import MergeError, WeightsError
+from jpeft.finite import is_finite
 from jpeft.site import Site
 from jpeft.tree import module_of
 from jpeft_interop.abstract import abstract_params
 from jpeft_interop.any_adapter import load_adapter
-from jpeft_interop.arrays import host, is_finite, own
+from jpeft_interop.arrays import host, own
 from jpeft_interop.blocks import Block, Blocks, Write
 from jpeft_interop.checkpoint import match, model_table
 from jpeft_interop.classifier_config import with_adapters_head

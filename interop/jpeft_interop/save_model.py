@@ -16,9 +16,10 @@ import numpy as np
 
 from jpeft.atomic import write_folder
 from jpeft.errors import WeightsError
+from jpeft.finite import is_finite
 from jpeft.tree import flatten
 from jpeft_interop.abstract import abstract_params
-from jpeft_interop.arrays import host, is_finite
+from jpeft_interop.arrays import host
 from jpeft_interop.blocks import Blocks
 from jpeft_interop.checkpoint import model_table
 from jpeft_interop.fit import require_same_paths, require_same_shapes

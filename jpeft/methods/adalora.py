@@ -19,7 +19,7 @@ import numpy as np
 from jax import Array
 
 from jpeft.kernel import Kernel
-from jpeft.method import Axes, Leaves, Meeting, Method, Weights
+from jpeft.method import Axes, Leaves, Meeting, Method, Shapes, Weights
 from jpeft.methods import lora
 from jpeft.site import Site
 from jpeft.spec import Spec, names_of
@@ -120,12 +120,20 @@ class AdaLoRA(Spec):
 
 
 def init(key: Array, site: Site, spec: AdaLoRA, weight: Array, dtype: jnp.dtype) -> Leaves:
-    """`a` (*batch, *contracted, r) and `b` (*batch, r, *output), N(0, 0.02²), and `e` (*batch, r), zero."""
-    kernel, rank = site.kernel, site.rank
+    """`a` and `b`, N(0, 0.02²), and `e`, zero."""
+    shape = shapes(spec, site)
     key_a, key_b = jax.random.split(key)
-    a = lora.gaussian(key_a, (*kernel.batch_shape, *kernel.sizes(kernel.contracted), rank), 0.02, dtype)
-    b = lora.gaussian(key_b, (*kernel.batch_shape, rank, *kernel.sizes(kernel.output)), 0.02, dtype)
-    return {"a": a, "b": b, "e": jnp.zeros((*kernel.batch_shape, rank), dtype)}
+    a = lora.gaussian(key_a, shape["a"], 0.02, dtype)
+    b = lora.gaussian(key_b, shape["b"], 0.02, dtype)
+    return {"a": a, "b": b, "e": jnp.zeros(shape["e"], dtype)}
+
+
+def shapes(spec: AdaLoRA, site: Site) -> Shapes:
+    """`a` (*batch, *contracted, r), `b` (*batch, r, *output), `e` (*batch, r), `scaling` (*batch,)."""
+    del spec
+    kernel, batch, rank = site.kernel, site.kernel.batch_shape, site.rank
+    a, b = (*batch, *kernel.sizes(kernel.contracted), rank), (*batch, rank, *kernel.sizes(kernel.output))
+    return {"a": a, "b": b, "e": (*batch, rank), "scaling": batch}
 
 
 def axes(kernel: Kernel) -> dict[str, Axes]:
@@ -189,6 +197,7 @@ METHOD = Method(
     transform,
     matrices,
     init=init,
+    shapes=shapes,
     axes=axes,
     constant=constant,
     delta=delta,

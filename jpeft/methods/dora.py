@@ -20,7 +20,7 @@ from jax import Array
 
 from jpeft.errors import KernelError
 from jpeft.kernel import Kernel, to_matrix, wide
-from jpeft.method import Axes, Leaves, Meeting, Method, Weights, for_rows
+from jpeft.method import Axes, Leaves, Meeting, Method, Shapes, Weights, for_rows
 from jpeft.methods import lora
 from jpeft.site import Site
 
@@ -48,10 +48,16 @@ def init(key: Array, site: Site, spec: DoRA, weight: Any, dtype: jnp.dtype) -> L
     """LoRA's leaves and `m` (*batch, *output), the base's own column norms: the change is zero."""
     if isinstance(weight, jax.ShapeDtypeStruct):
         raise KernelError(f"{site.path!r}: DoRA starts from the weight's norms; found a ShapeDtypeStruct, give arrays")
-    kernel = site.kernel
-    norms = column_norms(wide(to_matrix(jnp.asarray(weight), kernel)))
-    m = norms.reshape(*kernel.batch_shape, *kernel.sizes(kernel.output))
+    norms = column_norms(wide(to_matrix(jnp.asarray(weight), site.kernel)))
+    m = norms.reshape(shapes(spec, site)["m"])
     return lora.init(key, site, spec, weight, dtype) | {"m": m.astype(dtype)}
+
+
+def shapes(spec: DoRA, site: Site) -> Shapes:
+    """LoRA's, `m` (*batch, *output), and `chosen` (*batch,) where only some slices of a stack are adapted."""
+    kernel, batch = site.kernel, site.kernel.batch_shape
+    chosen = {} if site.layers is None else {"chosen": batch}
+    return lora.shapes(spec, site) | {"m": (*batch, *kernel.sizes(kernel.output))} | chosen
 
 
 def axes(kernel: Kernel) -> dict[str, Axes]:
@@ -114,4 +120,4 @@ def lookup(meeting: Meeting, y: Array, w: Weights, leaves: Leaves) -> Array:
     return ((wide(y) + wide(lora.looked_up(meeting, leaves))) * gain).astype(y.dtype)
 
 
-METHOD = Method(transform, matrices, init=init, axes=axes, constant=constant, product=product, lookup=lookup)
+METHOD = Method(transform, matrices, init, shapes, axes, constant=constant, product=product, lookup=lookup)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jpeft.kernel import Kernel
-from jpeft.method import Axes, Leaves, Method, Scales
+from jpeft.method import Axes, Leaves, Method, Scales, Shapes
 from jpeft.site import Site
 from jpeft.spec import Spec
 from jpeft.targets import frozen_names, names_weight
@@ -61,11 +61,20 @@ class IA3(Spec):
 
 
 def init(key: Array, site: Site, spec: IA3, weight: Any, dtype: jnp.dtype) -> Leaves:
-    """Ones: `l` (*batch, *output), or `l_in` (*batch, *contracted); (*batch, channels) at a convolution's input."""
-    kernel = site.kernel
-    if not spec.is_feedforward(site.path):
-        return {"l": jnp.ones((*kernel.batch_shape, *kernel.sizes(kernel.output)), dtype)}
-    return {"l_in": jnp.ones((*kernel.batch_shape, *kernel.sizes(_input_axes(kernel))), dtype)}
+    """Ones."""
+    return {name: jnp.ones(shape, dtype) for name, shape in shapes(spec, site).items() if name != "chosen"}
+
+
+def shapes(spec: IA3, site: Site) -> Shapes:
+    """`l` (*batch, *output), or `l_in` (*batch, *contracted), (*batch, channels) at a convolution's input.
+
+    And `chosen` (*batch,) where only some slices of a stack are adapted.
+    """
+    kernel, batch = site.kernel, site.kernel.batch_shape
+    chosen = {} if site.layers is None else {"chosen": batch}
+    if spec.is_feedforward(site.path):
+        return {"l_in": (*batch, *kernel.sizes(_input_axes(kernel)))} | chosen
+    return {"l": (*batch, *kernel.sizes(kernel.output))} | chosen
 
 
 def _input_axes(kernel: Kernel) -> tuple[int, ...]:
@@ -116,4 +125,4 @@ def transposed(leaves: Leaves) -> Leaves:
     return {other[name]: leaf for name, leaf in leaves.items()}
 
 
-METHOD = Method(transform, matrices, init=init, axes=axes, constant=constant, transposed=transposed, scales=scales)
+METHOD = Method(transform, matrices, init, shapes, axes, constant=constant, transposed=transposed, scales=scales)

@@ -21,7 +21,7 @@ from jax import Array
 
 from jpeft.kernel import Kernel
 from jpeft.low_rank import low_rank, low_rank_plain
-from jpeft.method import Axes, Leaves, Meeting, Method, Site, Weights
+from jpeft.method import Axes, Leaves, Meeting, Method, Shapes, Site, Weights
 from jpeft.spec import Spec, names_of
 from jpeft.targets import Patterns, frozen_mapping, pattern_value
 from jpeft.tree import module_of
@@ -119,22 +119,30 @@ class LoRA(Spec):
 
 
 def init(key: Array, site: Site, spec: LoRA, weight: Array, dtype: jnp.dtype) -> Leaves:
-    """The trained leaves of one kernel: `a` (*batch, *contracted, r), `b` (*batch, r, *output), perhaps `bias`.
+    """The trained leaves of one kernel, `a`, `b` and perhaps `bias`.
 
-    A that experts share has size 1 along their axes. The change is exactly zero: B is zero, or A for an embedding.
+    The change is exactly zero: B is zero, or A for an embedding.
     """
-    kernel, rank = site.kernel, site.rank
-    shared = kernel.experts if spec.share_a else ()
-    a_batch = tuple(1 if axis in shared else kernel.shape[axis] for axis in kernel.batch)
-    a_shape = (*a_batch, *kernel.sizes(kernel.contracted), rank)
-    b_shape = (*kernel.batch_shape, rank, *kernel.sizes(kernel.output))
+    kernel, shape = site.kernel, shapes(spec, site)
     if kernel.kind == "embedding":
-        leaves = {"a": jnp.zeros(a_shape, dtype), "b": jax.random.normal(key, b_shape, dtype)}
+        leaves = {"a": jnp.zeros(shape["a"], dtype), "b": jax.random.normal(key, shape["b"], dtype)}
     else:
-        leaves = {"a": _draw_a(key, a_shape, spec.init, kernel.fan_in, dtype), "b": jnp.zeros(b_shape, dtype)}
-    if spec.factor_bias:
-        leaves["bias"] = jnp.zeros((*kernel.batch_shape, *kernel.sizes(kernel.output)), dtype)
-    return leaves
+        leaves = {"a": _draw_a(key, shape["a"], spec.init, kernel.fan_in, dtype), "b": jnp.zeros(shape["b"], dtype)}
+    return leaves | ({"bias": jnp.zeros(shape["bias"], dtype)} if "bias" in shape else {})
+
+
+def shapes(spec: LoRA, site: Site) -> Shapes:
+    """`a` (*batch, *contracted, r), `b` (*batch, r, *output), `bias` (*batch, *output), `scaling` (*batch,).
+
+    A that experts share has size 1 along their axes.
+    """
+    kernel, batch = site.kernel, site.kernel.batch_shape
+    shared = kernel.experts if spec.share_a else ()
+    a_batch = (1 if axis in shared else kernel.shape[axis] for axis in kernel.batch)
+    output = kernel.sizes(kernel.output)
+    bias = {"bias": (*batch, *output)} if spec.factor_bias else {}
+    a = (*a_batch, *kernel.sizes(kernel.contracted), site.rank)
+    return {"a": a, "b": (*batch, site.rank, *output), "scaling": batch} | bias
 
 
 def axes(kernel: Kernel) -> dict[str, Axes]:
@@ -242,6 +250,7 @@ METHOD = Method(
     transform,
     matrices,
     init=init,
+    shapes=shapes,
     axes=axes,
     constant=constant,
     delta=delta,

@@ -15,7 +15,7 @@ from jax import Array
 
 from jpeft.errors import KernelError
 from jpeft.kernel import Kernel
-from jpeft.method import Leaves, Method
+from jpeft.method import Leaves, Method, Shapes
 from jpeft.site import Site
 
 
@@ -29,6 +29,12 @@ def init(key: Array, site: Site, spec: Any, weight: Any, dtype: jnp.dtype) -> Le
     return {"value": jnp.array(weight, jnp.float32 if half else weight.dtype)}
 
 
+def shapes(spec: Any, site: Site) -> Shapes:
+    """The leaf's own."""
+    del spec
+    return {"value": site.kernel.shape}
+
+
 def matrices(leaves: Leaves, kernel: Kernel) -> Leaves:
     """V has the leaf's own shape, all of it output: a matrix of one row."""
     return {"value": leaves["value"].reshape(kernel.fan_in, kernel.fan_out)}
@@ -40,4 +46,4 @@ def transform(w: Array, leaves: Leaves) -> Array:
     return leaves["value"]
 
 
-METHOD = Method(transform, matrices, init, lambda kernel: {"value": kernel.output}, alone=True)
+METHOD = Method(transform, matrices, init, shapes, lambda kernel: {"value": kernel.output}, alone=True)

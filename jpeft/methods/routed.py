@@ -89,6 +89,7 @@ METHOD = Method(
     transform,
     matrices,
     init,
+    shapes=lambda spec, site: {},
     delta=lambda leaves: transform(leaves["a"], leaves),
     product=product,
     transposed=transposed,

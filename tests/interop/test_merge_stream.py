@@ -13,9 +13,9 @@ import pytest
 from flax import nnx
 
 import jpeft
+from jpeft.finite import is_finite
 from jpeft.tree import flatten
 from jpeft_interop.abstract import abstract_params
-from jpeft_interop.arrays import is_finite
 from jpeft_interop.blocks import Blocks, run
 from jpeft_interop.load_model import load_model
 from jpeft_interop.merge_folder import merge_folder
