@@ -17,10 +17,13 @@ from jpeft.errors import SpecError
 
 LONGEST, PARTS, STEPS, DEPTH, SETS, COUNT = 100_000, 1_000, 1_000, 50, 100, 1_000
 WORDS = 4  # that are looked for in one step
+LONGEST_NAME = 10_000  # characters: what is done with a text grows with their square
 LEAST = 20  # steps, however many regexes there are; one as people write it takes 2 to 16
 ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "f": "\f", "v": "\v", "a": "\a"}
 CLASSES, BORDERS = frozenset("dDwWsS"), frozenset("AZbB")
 WORD = re.compile(r"\w")
+COUNTED = re.compile(r"\{\d+,?\d*\}|\{,\d*\}")
+QUANTIFIER = re.compile(r"[*+?]|\{(\d*)(,?)(\d*)\}")
 
 
 class RegexError(SpecError):
@@ -35,6 +38,8 @@ class _Text:
     most: int = STEPS
 
     def __post_init__(self) -> None:
+        if len(self.text) > LONGEST_NAME:
+            raise RegexError(f"a name of {len(self.text)} characters, more than {LONGEST_NAME}")
         self.all = (1 << len(self.text) + 1) - 1
         self.steps = 0
         self.of: dict[str, int] = {}
@@ -244,6 +249,7 @@ def parsed(regex: str) -> Part:
 class _Parser:
     def __init__(self, regex: str) -> None:
         self.regex, self.at, self.parts, self.sets, self.depth = regex, 0, 0, 0, 0
+        self.names: set[str] = set()
 
     def whole(self) -> Part:
         part = self.either()
@@ -327,6 +333,8 @@ class _Parser:
                 return self.escape()
             case "*" | "+" | "?":
                 raise self.error(f"nothing for {char!r} to repeat")
+            case "{" if COUNTED.match(self.regex, self.at - 1):
+                raise self.error("nothing for a count to repeat")
         return char
 
     def escape(self) -> Part | str:
@@ -376,6 +384,9 @@ class _Parser:
             name, closed, _ = self.regex[self.at :].partition(">")
             if not closed or not name.isidentifier():
                 raise self.error("a group without a name")
+            if name in self.names:
+                raise self.error(f"a second group {name!r:.50}")
+            self.names.add(name)
             self.take(len(name) + 1)
         self.depth += 1
         if self.depth > DEPTH:
@@ -388,7 +399,7 @@ class _Parser:
 
     def times(self) -> tuple[int, int | None] | None:
         """How often: of the quantifier that stands here, if one does."""
-        found = re.compile(r"[*+?]|\{(\d*)(,?)(\d*)\}").match(self.regex, self.at)
+        found = QUANTIFIER.match(self.regex, self.at)
         if found is None or found.group() in ("{}", "{,}"):
             return None if found is None or found.group() == "{}" else self.counted(found, (0, None))
         least, comma, most = found.groups(default="")
@@ -408,7 +419,7 @@ class _Parser:
         self.at = found.end()
         if self.peek() == "?":
             self.at += 1  # lazy
-        if self.peek() and self.peek() in "*+?" or re.match(r"\{\d*,?\d*\}", self.regex[self.at :]):
+        if self.peek() and self.peek() in "*+?" or COUNTED.match(self.regex, self.at):
             raise self.error("a repeated repetition")
         return times
 

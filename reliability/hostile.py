@@ -160,6 +160,43 @@ def many(count: int, key: str = "base_model.model.{}.lora_A.weight") -> Spoil:
     return header(lambda found: {**{key.format(n): entry for n in range(count)}, **found})
 
 
+def saved_and_the_base(folder: Path) -> None:
+    """The base's own weights, each of which may be meant by one of many names in the config."""
+    found, data = read(folder)
+    for layer, modules in params()["model"]["layers"].items():
+        for name, module in modules.items():
+            kernel = np.asarray(module["kernel"]).T.tobytes()
+            key = f"base_model.model.model.layers.{layer}.{name}.base_layer.weight"
+            key = key if name in ("q_proj", "v_proj") else key.replace(".base_layer", "")
+            found[key] = {"dtype": "F32", "shape": [8, 8], "data_offsets": [len(data), len(data) + len(kernel)]}
+            data += kernel
+    write(folder, found, data)
+    fields(modules_to_save=[f"m{n}" for n in range(10_000)])(folder)
+
+
+def ia3(feedforward: list[str]) -> Spoil:
+    """An IA³ of all modules, whose inputs are scaled where one of many names in the config is a module's end."""
+
+    def spoil(folder: Path) -> None:
+        names = [f"base_model.model.model.layers.{n}.{name}.ia3_l" for n in range(LAYERS) for name in MODULES]
+        entry = lambda n: {"dtype": "F32", "shape": [8, 1], "data_offsets": [32 * n, 32 * n + 32]}
+        write(folder, {name: entry(n) for n, name in enumerate(names)}, bytes(32 * len(names)))
+        config = {"peft_type": "IA3", "target_modules": list(MODULES), "feedforward_modules": feedforward}
+        (folder / CONFIG).write_text(json.dumps(config))
+
+    return spoil
+
+
+def in_float64(folder: Path) -> None:
+    """Values that float64 has, and float32 has not."""
+    found, data = read(folder)
+    numbers = np.frombuffer(data, np.float32).astype(np.float64)
+    numbers[-1] = 1e300
+    for entry in found.values():
+        entry |= {"dtype": "F64", "data_offsets": [2 * place for place in entry["data_offsets"]]}
+    write(folder, found, numbers.tobytes())
+
+
 COSTLY = [
     "(.*a){25}",
     "(a|a)*$",
@@ -169,7 +206,11 @@ COSTLY = [
     "(a+)+$",
 ]
 LONG = "|".join(f"(.?.?){{0,{n}}}z" for n in range(1, 22))  # just below what is refused
-HARMLESS = ("all costly fields at once", "100,000 saved modules")  # what is named there is nowhere, and they load
+HARMLESS = (  # what is named there is nowhere, and they load
+    "all costly fields at once",
+    "10,000 saved modules, and the base",
+    "10,000 feed-forward modules",
+)
 FOLDERS: dict[str, Spoil] = {
     # the files
     "a link out of the folder, for the tensors": instead(WEIGHTS, lambda path: path.symlink_to("../elsewhere")),
@@ -190,6 +231,12 @@ FOLDERS: dict[str, Spoil] = {
     # the header
     "a header of 2^60 bytes": lambda folder: (folder / WEIGHTS).write_bytes((1 << 60).to_bytes(8, "little")),
     "a header of 9 MB": header(lambda found: json.dumps(found).encode() + b" " * 9_000_000),
+    "a header of 2 million lists": header(lambda found: b'{"a":[[]' + b",[]" * 2_000_000 + b"]}"),
+    "a header of 3 million numbers": header(lambda found: b'{"a":[1' + b",1" * 3_000_000 + b"]}"),
+    "a header of 500,000 objects": header(lambda found: json.dumps({f"{n:x}": {} for n in range(500_000)}).encode()),
+    "metadata of 500,000 words": header(
+        lambda found: {"__metadata__": {f"{n:x}": "" for n in range(500_000)}, **found}
+    ),
     "a header that is nested": header(lambda found: b'{"a":' + b"[" * 1_000_000 + b"]" * 1_000_000 + b"}"),
     "a key twice": header(lambda found: json.dumps(found).replace("layers.1.", "layers.0.").encode()),
     "49,000 keys of nothing": many(49_000),
@@ -199,7 +246,7 @@ FOLDERS: dict[str, Spoil] = {
     "a shape that overflows": header(lambda found: found[KEY.format(0)].update(shape=[1 << 62, 1 << 62])),
     "a dtype of none": header(lambda found: found[KEY.format(0)].update(dtype="F128")),
     "a bias that is an embedding": renamed("base_model.model.model.embed_tokens.weight"),
-    "two layers' factors missing": header(lambda found: found.pop(KEY.format(0))),
+    "a factor missing, and a hole where it was": header(lambda found: found.pop(KEY.format(0)) and None),
     # the config's text
     "a config of 2 MB": raw('{%,"x":"' + "y" * 2_000_000 + '"}'),
     "a config that is nested": raw('{%,"x":' + "[" * 400_000 + "]" * 400_000 + "}"),
@@ -244,8 +291,13 @@ FOLDERS: dict[str, Spoil] = {
     "30,000 ranks of many forms": fields(rank_pattern={"a" * (n % 90) + "." * (n // 90): 3 for n in range(9_000)}),
     "100,000 layers": fields(layers_to_transform=list(range(1, 100_000))),
     "10,000 layers' patterns": fields(layers_to_transform=[0], layers_pattern=[f"(x{n}+)+" for n in range(40_000)]),
-    "100,000 saved modules": fields(modules_to_save=[f"m{n}" for n in range(80_000)]),
+    "80,000 saved modules": fields(modules_to_save=[f"m{n}" for n in range(80_000)]),
+    "80,000 feed-forward modules": ia3([f"m{n}" for n in range(80_000)]),
+    "10,000 feed-forward modules": ia3([f"m{n}" for n in range(10_000)]),
+    "10,000 feed-forward modules, one a part of a name": ia3([*(f"m{n}" for n in range(9_999)), "proj"]),
+    "10,000 saved modules, and the base": saved_and_the_base,
     # the values
+    "factors in float64": in_float64,
     "NaN among the values": values(float("nan")),
     "an infinity among the values": values(float("inf")),
 }

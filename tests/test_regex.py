@@ -71,6 +71,9 @@ def test_regexes_as_people_write_them(regex):
         (r"a)", "unbalanced"),
         (r"[a", "not closed"),
         (r"*a", "repeat"),
+        (r"{2}a", "repeat"),
+        (r"a|{,}", "repeat"),
+        (r"(?P<x>a)(?P<x>b)", "second group 'x'"),
         (r"a{2,1}", "order"),
         (r"a{9999}", "count"),
         (r"[z-a]", "range"),
@@ -107,6 +110,17 @@ def test_catastrophes_end_at_once(regex):
         except RegexError as error:
             assert "steps" in str(error)
     assert time.process_time() - start < 10.0  # it takes milliseconds, and years where it backtracks
+
+
+@pytest.mark.parametrize("regex", ["{", "a{", "{}", "a{2}{}", "{a}", "a{,2}", "a{2,}{", "(?P<x>a)(?P<y>b)"])
+def test_braces_and_names_as_in_re(regex):
+    for text in ("", "a", "aa", "ab", "a{", "aa{}", "{}", "{a}", "aa{"):
+        assert matches(regex, text) == (re.fullmatch(regex, text) is not None), text
+
+
+def test_a_name_that_is_too_long():
+    with pytest.raises(RegexError, match="a name of 200000 characters"):
+        matches("(.?){0,9}x", "a" * 200_000)
 
 
 def test_a_spec_with_a_regex_that_is_none():

@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import jpeft
@@ -38,7 +39,12 @@ def is_feedforward(feedforward: str | tuple[str, ...], module: str) -> bool:
     """Whether PEFT scales the input of a module: names match the end of its path, at a dot or not."""
     if isinstance(feedforward, str):
         return matches(feedforward, module)
-    return any(module.endswith(name.replace("/", ".")) for name in feedforward)
+    return module.endswith(_dotted(feedforward))
+
+
+@lru_cache(64)
+def _dotted(names: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(map(dotted, names))
 
 
 def shape(kernel: Kernel, as_head: bool, on_input: bool) -> tuple[int, ...]:

@@ -29,6 +29,7 @@ from jpeft_interop.lora_keys import Leaves
 from jpeft_interop.peft_keys import Keys, Spot
 
 Index = tuple[int, ...]
+MOST_PADDED, ROOM = 8, 1 << 24  # times what the file has, and as many numbers more, of all its weights
 BLOCKS = ("lora", "dora")  # methods whose adapters of the parts of a weight are one of the weight
 
 
@@ -122,6 +123,14 @@ class Joined:
             )
         return tuple(found)
 
+    @property
+    def padding(self) -> int:
+        """How many numbers there are in A and B of the whole beyond `MOST_PADDED` times those in the file's."""
+        kernel = self.kernel
+        made = math.prod(kernel.batch_shape) * self.rank * (kernel.fan_in + kernel.fan_out)
+        stored = sum(leaf.size for piece in self.pieces for name, leaf in piece.leaves.items() if name in ("a", "b"))
+        return max(0, made - MOST_PADDED * stored)
+
     @cached_property
     def trained(self) -> Leaves:
         """The leaves of the whole weight.
@@ -136,6 +145,10 @@ class Joined:
                 leaf = leaf * np.asarray(piece.link.scale, leaf.dtype) if name == "m" else leaf
                 if name not in made:
                     made[name] = np.full(self._shape(name, leaf), 1 if name in ("l", "l_in") else 0, leaf.dtype)
+                if leaf.dtype != made[name].dtype:
+                    self._refuse(
+                        f"one array holds them, and {name!r} is {made[name].dtype} of one, {leaf.dtype} of another"
+                    )
                 put_matrix(made[name], name, leaf, piece.link, self.kernel, start)
         self._check_inputs(made)
         return made

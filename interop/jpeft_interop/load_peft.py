@@ -14,18 +14,19 @@ import numpy as np
 
 from jpeft.adapter import Adapter, Meta
 from jpeft.errors import AdapterError, JpeftError
-from jpeft.finite import is_finite
 from jpeft.kernel import Kernel, Kernels
 from jpeft.methods import METHODS
 from jpeft.safetensors_header import ADAPTER_HEADER_BYTES
 from jpeft.save import check_base as require_base
+from jpeft.save import check_tensor
+from jpeft.shared import has_values
 from jpeft.site import Site
 from jpeft.spec import Spec
 from jpeft.targets import ALL_LINEAR, is_kept, names_module
 from jpeft.tree import flatten, nearest
 from jpeft_interop.adapter_files import adapter_file
 from jpeft_interop.ia3_keys import as_peft_reads
-from jpeft_interop.join import Joined, Piece
+from jpeft_interop.join import MOST_PADDED, ROOM, Joined, Piece
 from jpeft_interop.layout import Layout, Link, default_layout, find
 from jpeft_interop.lora_keys import Leaves
 from jpeft_interop.peft_config import PeftConfig, read_config
@@ -124,7 +125,8 @@ def parse_peft(
         _check_kinds(file, tensors)
         stated = read_stated(file, metadata)
         reading.check_keys_and_shapes()
-        _check_values(file, tensors)
+        for key, tensor in tensors.items():
+            check_tensor(key, tensor, file)
         if stated is not None and check_digest:
             stated.check_digest(tensors, config)
         if stated is not None and stated.base is not None and check_base:
@@ -167,12 +169,6 @@ def _check_kinds(file: str, tensors: Tensors) -> None:
         shape, dtype = tensors.spec(key)
         if not jnp.issubdtype(dtype, jnp.floating) or not shape:
             raise AdapterError(f"{file}: key {key!r:.200}: expected an array of floats, found {dtype} {shape}")
-
-
-def _check_values(file: str, tensors: Tensors) -> None:
-    for key, tensor in tensors.items():
-        if not is_finite(tensor):
-            raise AdapterError(f"{file}: key {key!r:.200} holds values that are not finite")
 
 
 @dataclass(frozen=True)
@@ -254,7 +250,9 @@ class _Reading:
         """What is in the file, once it is known to fit."""
         factors, plain = self._sorted()
         by_path = self._by_path(factors)
-        parts = [self._adapted(path, found) for path, found in by_path.items()]
+        joined = {path: self._joined(path, found) for path, found in by_path.items()}
+        self._check_padding(joined)
+        parts = [self._adapted(path, whole) for path, whole in joined.items()]
         parts += self._replaced(self._params_of(plain, factors))
         self._check_biases({site.path for site, _, _ in parts})
         sites = tuple(sorted((site for site, _, _ in parts), key=lambda site: site.path))
@@ -353,13 +351,25 @@ class _Reading:
             )
         return replace(embedding, both=True)
 
-    def _adapted(self, path: str, found: list[Piece]) -> tuple[Site, Leaves, Leaves]:
-        """The site of one weight, its trained leaves, and its constant ones."""
+    def _joined(self, path: str, found: list[Piece]) -> Joined:
         scales = [self._scaling(one) * one.link.scale for one in found]
-        whole = Joined(self.file, self.spec, self.kernels[path], found, scales, self.layout.links[path], self.keys)
-        site = Site(
-            path, self.spec.method, whole.kernel, whole.rank, whole.layers, _use(found, self.layout.links[path])
-        )
+        return Joined(self.file, self.spec, self.kernels[path], found, scales, self.layout.links[path], self.keys)
+
+    def _check_padding(self, joined: Mapping[str, Joined]) -> None:
+        """One layer's rank becomes that of all that are stacked with it: a file of a few bytes could ask for much."""
+        padding = {path: whole.padding for path, whole in joined.items()}
+        if sum(padding.values()) > ROOM:
+            path = max(padding, key=lambda path: padding[path])
+            raise AdapterError(
+                f"{self.file}: the matrices stacked in {path!r} have ranks of up to {joined[path].rank}; with zeros "
+                f"up to that one they have {padding[path]} numbers more than {MOST_PADDED} times what is in the file; "
+                "give params whose layers are leaves of their own, or lower that rank"
+            )
+
+    def _adapted(self, path: str, whole: Joined) -> tuple[Site, Leaves, Leaves]:
+        """The site of one weight, its trained leaves, and its constant ones."""
+        found, use = whole.pieces, _use(whole.pieces, self.layout.links[path])
+        site = Site(path, self.spec.method, whole.kernel, whole.rank, whole.layers, use)
         constant = METHODS[site.method].constant(self.spec, site)
         held = {name: np.asarray(leaf) for name, leaf in constant.items()} | whole.constant()
         if "mask" in held and not self.blocks:
@@ -394,6 +404,7 @@ class _Reading:
         found: dict[str, str] = {}
         for name, key in plain.items():
             if ".original_module." in name:  # PEFT leaves the base's copy in the file, and never uses it
+                self._check_is_copy(_torch_name(name, plain), key)
                 continue
             kept = _without_wrapper(name, plain)
             if kept != name and kept in plain:
@@ -403,7 +414,9 @@ class _Reading:
             if module and module not in factors and leaf != "weight":
                 raise AdapterError(f"{self.file}: key {key!r} is of a layer that has no factors in the file")
             kept = f"{module}.{leaf}" if module else kept
-            if self._is_trained(kept):
+            if kept in found:
+                self._check_same(key, found[kept])
+            elif self._is_trained(kept):
                 found[kept] = key
             else:
                 self._check_is_base(kept, key)
@@ -416,16 +429,30 @@ class _Reading:
         """
         *modules, leaf = name.split(".")
         paths = [".".join(modules[: i + 1]) for i in range(len(modules))]
-        saved = any(path.endswith(end) for path in paths for end in self.spec.modules_to_save)
+        saved = any(path.endswith(self.spec.modules_to_save) for path in paths)
         return saved or (leaf == "bias" and self.spec.bias != "none")
 
     def _check_same(self, key: str, other: str) -> None:
         if not np.array_equal(self.tensors[key], self.tensors[other]):
             raise AdapterError(f"{self.file}: keys {key!r} and {other!r} are one param, and hold different values")
 
+    def _check_is_copy(self, name: str, key: str) -> None:
+        """What stands beside a module that is trained whole, and is never used: it need only be such a thing."""
+        wanted = find(self.layout, name, self.file, key)[0].torch_shape
+        if not self._is_trained(name):
+            raise AdapterError(f"{self.file}: key {key!r}: its module is none of 'modules_to_save' in {CONFIG}")
+        if (found := self.tensors[key].shape) != wanted:
+            raise AdapterError(f"{self.file}: key {key!r}: expected shape {wanted}, found {found}")
+
     def _check_is_base(self, name: str, key: str) -> None:
         """What is not trained may only say what the base is: PEFT stores a targeted embedding's weight, for one."""
-        path = find(self.layout, name, self.file, key)[0].path
+        links = find(self.layout, name, self.file, key)
+        path = links[0].path
+        if not all(has_values(self.flat[link.path]) for link in links):
+            raise AdapterError(
+                f"{self.file}: key {key!r} is the base's own weight, and {path!r} in the params is only a shape, which "
+                "can't be compared with it; give params with values"
+            )
         base, found = self.layout.tensor(name, self.flat), self.tensors[key]
         if found.shape != base.shape or not np.array_equal(found.astype(base.dtype), base):
             raise AdapterError(
@@ -467,6 +494,11 @@ class _Reading:
                     f"{self.file}: key {plain[link.key]!r}: expected a tensor for {path!r} of shape {link.torch_shape} "
                     f"(here {wanted}), found {found}"
                 )
+        if len(dtypes := {tensor.dtype.name for tensor in state.values()}) > 1:
+            raise AdapterError(
+                f"{self.file}: {path!r} holds {key!r} and others in one array, and in the file they are of the dtypes "
+                f"{sorted(dtypes)}: expected one"
+            )
         return self.layout.leaf(path, state)
 
     def _check_biases(self, found: set[str]) -> None:
@@ -515,7 +547,7 @@ def _add(pieces: list[Piece], one: Piece, both_uses: Callable[[Piece, Piece], Pi
     pieces.append(one)
 
 
-def _use(found: list[Piece], links: Sequence[Link]) -> str | None:
+def _use(found: Sequence[Piece], links: Sequence[Link]) -> str | None:
     """Of a tied weight, the use that is adapted; None for all, and for a weight with one use."""
     uses = {link.kind == "embedding" for link in links if link.kind != "plain"}
     if len(uses) == 1 or all(one.both for one in found):

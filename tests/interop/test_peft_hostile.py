@@ -183,6 +183,54 @@ def test_values_that_are_not_finite(folder, params, value, tmp_path, key):
     assert not (tmp_path / "new").exists() and not (tmp_path / "new.safetensors").exists()
 
 
+def test_what_jax_would_cast(folder, params):
+    """1e300 is finite in float64, and an infinity in float32."""
+    change_tensors(folder, lambda tensors: tensors.update({FIRST: np.full((2, 6), 1e300)}))
+    refused(folder, params, FIRST, "float64", "float32", "jax_enable_x64")
+    with jax.enable_x64(True):
+        assert load_peft(folder, params).trained["block/q_proj/kernel"]["a"].dtype == np.float64
+
+
+BIAS, INNER = "base_model.model.block.q_proj.bias", "base_model.model.block.q_proj.base_layer.bias"
+
+
+def test_two_keys_for_one_param(folder, params):
+    change_config(folder, bias="lora_only")
+    change_tensors(folder, lambda tensors: tensors.update(biases(0)))
+    assert load_peft(folder, params).trained["block/q_proj/bias"]["value"][0] == 0
+    change_tensors(folder, lambda tensors: tensors.update({INNER: np.ones(4, np.float32)}))
+    refused(folder, params, BIAS, INNER, "are one param, and hold different values")
+
+
+def biases(value):
+    return {key: np.full(4, value, np.float32) for key in (BIAS, INNER)}
+
+
+def test_the_copy_of_what_is_trained_whole(folder, params):
+    """PEFT has left the base's own beside it, and never used it; where nothing is trained whole, none is there."""
+    trained, copy = (f"base_model.model.head.{name}.weight" for name in ("modules_to_save", "original_module"))
+    params = params | {"head": {"kernel": jnp.ones((4, 3))}}
+    whole = {trained: np.ones((3, 4), np.float32), copy: np.zeros((3, 4), np.float32)}
+    change_tensors(folder, lambda tensors: tensors.update(whole))
+    refused(folder, params, "head")
+    change_config(folder, modules_to_save=["head"])
+    assert load_peft(folder, params).trained["head/kernel"]["value"][0, 0] == 1
+    change_tensors(folder, lambda tensors: tensors.update({copy: np.zeros((1, 4), np.float32)}))
+    refused(folder, params, copy, "expected shape (3, 4), found (1, 4)")
+    change_config(folder, modules_to_save=None)
+    change_tensors(folder, lambda tensors: tensors.pop(trained))
+    refused(folder, params, copy, "its module is none of 'modules_to_save'")
+
+
+def test_the_bases_own_weight_where_there_is_only_its_shape(folder, params):
+    key = "base_model.model.block.q_proj.base_layer.weight"
+    change_tensors(
+        folder, lambda tensors: tensors.update({key: np.asarray(params["block"]["q_proj"]["kernel"]).T.copy()})
+    )
+    load_peft(folder, params)
+    refused(folder, jax.eval_shape(lambda: params), key, "is only a shape, which can't be compared")
+
+
 def test_another_base(folder):
     wider = {"block": {"q_proj": {"kernel": jnp.ones((8, 4))}, "v_proj": {"kernel": jnp.ones((6, 4))}}}
     refused(folder, wider, "(2, 8)")

@@ -1,10 +1,12 @@
 """Params with other names and shapes, and a layout that says where each leaf lies in torch."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import jpeft
 from jpeft_interop import Layout, Place, load_peft, params_from_torch, save_peft
@@ -73,6 +75,47 @@ def test_what_is_saved_with_a_layout_loads_with_it(tmp_path, layout):
     for path, leaves in adapter.trained.items():
         for name, leaf in leaves.items():
             assert np.array_equal(again.trained[path][name], leaf), (path, name)
+
+
+PLAIN = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": ["q_proj"]}
+
+
+def stacked_by_hand(folder, factors, **config):
+    """A base of stacked matrices (layers, n, n), its layout, and a folder with A and B of each layer."""
+    n = factors[0][0].shape[1]
+    params = {"q": jax.ShapeDtypeStruct((len(factors), n, n), jnp.float32)}
+    places = {"q": Place.of("l i o", {"layers.{l}.q_proj.weight": "o i"}).fit(params["q"].shape, "q")}
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps(PLAIN | config))
+    key = "base_model.model.layers.{}.q_proj.lora_{}.weight"
+    pairs = {key.format(at, name): ab for at, both in enumerate(factors) for name, ab in zip("AB", both, strict=True)}
+    save_file(pairs, folder / "adapter_model.safetensors")
+    return params, Layout(places)
+
+
+def test_layers_of_different_dtypes_are_not_cast(tmp_path):
+    """One array holds the layers, and 1e6 is an infinity in the dtype of the first."""
+    ones = [(np.full((1, 8), 1e6, dtype), np.ones((8, 1), dtype)) for dtype in ("float32", "float32")]
+    params, layout = stacked_by_hand(tmp_path / "same", ones)
+    assert load_peft(tmp_path / "same", params, layout=layout).trained["q"]["a"].max() == 1e6
+    ones[0] = (np.ones((1, 8), np.float16), np.ones((8, 1), np.float16))
+    params, layout = stacked_by_hand(tmp_path / "other", ones)
+    with pytest.raises(
+        jpeft.AdapterError, match="one array holds them, and 'a' is float(16|32) of one, float(16|32) of another"
+    ):
+        load_peft(tmp_path / "other", params, layout=layout)
+
+
+@pytest.mark.parametrize("rank", [64, 1024])
+def test_one_layers_rank_is_not_everyones(tmp_path, rank):
+    """All that are stacked get the greatest rank: a small file could ask for any amount of zeros."""
+    factors = [(np.ones((r, 256), np.float32), np.ones((256, r), np.float32)) for r in (rank, *[1] * 63)]
+    params, layout = stacked_by_hand(tmp_path / "x", factors, rank_pattern={"layers.0.q_proj": rank})
+    if rank == 64:
+        assert load_peft(tmp_path / "x", params, layout=layout).trained["q"]["a"].shape == (64, 256, rank)
+        return
+    with pytest.raises(jpeft.AdapterError, match=r"stacked in 'q' have ranks of up to 1024; .* lower that rank"):
+        load_peft(tmp_path / "x", params, layout=layout)
 
 
 def test_some_layers_of_a_stack(tmp_path, layout):

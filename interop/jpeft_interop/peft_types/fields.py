@@ -9,6 +9,7 @@ from typing import Any
 from jpeft.spec import Spec
 
 LARGEST, MOST = 1e30, 2**53
+MOST_ENDS = 10_000  # names that are the ends of paths at any letter, which are tried one by one
 PEFT_VERSION = "0.21.2"  # whose files these are
 
 Config = Mapping[str, Any]
@@ -36,6 +37,11 @@ def is_names(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
+def is_ends(value: Any) -> bool:
+    """Whether it is a list of the ends of names, and not too long a one."""
+    return is_names(value) and len(value) <= MOST_ENDS
+
+
 def object_of(check: Check) -> Check:
     """A check of an object's values."""
     return lambda value: isinstance(value, dict) and all(map(check, value.values()))
@@ -53,6 +59,10 @@ NUMBER: Field = (is_number, "a number")
 RATE: Field = (between(0, 1), "a number in [0, 1)")
 TEXT: Field = (lambda value: value is None or isinstance(value, str), "a string or null")
 NAMES: Field = (lambda value: isinstance(value, str) or is_names(value), "a string or a list of strings")
+ENDS: Field = (
+    lambda value: isinstance(value, str) or is_ends(value),
+    f"a string or a list of at most {MOST_ENDS} strings",
+)
 MAYBE_NAMES: Field = (
     lambda value: value is None or isinstance(value, str) or is_names(value),
     "a string, a list of strings or null",
@@ -62,7 +72,10 @@ COMMON: dict[str, Field] = {
     "base_model_name_or_path": TEXT,
     "exclude_modules": MAYBE_NAMES,
     "fan_in_fan_out": BOOL,
-    "modules_to_save": (lambda value: value is None or is_names(value), "a list of strings or null"),
+    "modules_to_save": (
+        lambda value: value is None or is_ends(value),
+        f"a list of at most {MOST_ENDS} strings, or null",
+    ),
     "target_modules": NAMES,
     "task_type": TEXT,
 }

@@ -8,7 +8,7 @@ import jpeft
 from jpeft_interop.peft_types.fields import (
     COMMON,
     COMMON_HISTORY,
-    NAMES,
+    ENDS,
     PEFT_VERSION,
     Config,
     Field,
@@ -34,7 +34,7 @@ DEFAULTS: dict[str, Any] = {
     "task_type": None,
 }
 
-FIELDS: dict[str, Field] = COMMON | {"feedforward_modules": NAMES}
+FIELDS: dict[str, Field] = COMMON | {"feedforward_modules": ENDS}
 
 
 def _read(config: Config) -> jpeft.IA3:
