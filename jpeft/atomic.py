@@ -7,14 +7,16 @@ places with what is there, and the folder that it lies in is synced too. Guarant
   whole; after an error it is the old one;
 - the target is never absent, where two folders can be exchanged in one step (Linux and macOS, on most file systems);
 - after a return, new content survives a power cut;
-- nothing is lost that the new content does not replace: a folder with other things in it is refused;
+- nothing is lost that the new content does not replace: a folder with other things in it is refused, and a file of the
+  same name keeps its permissions;
 - of two writers at once, the later one wins, whole. What a dead writer left goes with the next write, a living one's
   stays.
 
 Not guaranteed: where nothing can be exchanged (NFS, for one), replacing a folder takes two renames, and in the instant
 between them the target is absent. A process that dies just there leaves the old folder under a hidden name, and the
-next write puts it back first. A reader that opens one file of a folder before and another one after the exchange has
-files of both: jpeft's own carry a digest, by which its loaders notice.
+next write puts it back first. A file that replaces another stays after an error in the last step, the parent's sync,
+where there are no hard links either. A reader that opens one file of a folder before and another one after the exchange
+has files of both: jpeft's own carry a digest, by which its loaders notice.
 """
 
 from __future__ import annotations
@@ -169,8 +171,8 @@ def _hidden(target: Path, suffix: str) -> Path:
 def _leftovers(target: Path, suffix: str) -> list[Path]:
     """What earlier writes to `target` left beside it, the latest last."""
     ours = re.compile(re.escape(f".{target.name}.") + "[0-9a-f]{8}" + re.escape(suffix))
-    found = [Path(entry) for entry in os.scandir(target.parent) if ours.fullmatch(entry.name)]
-    return sorted(found, key=lambda path: path.stat().st_ctime_ns)
+    found = [entry for entry in os.scandir(target.parent) if ours.fullmatch(entry.name) and not entry.is_symlink()]
+    return [Path(entry) for entry in sorted(found, key=lambda entry: entry.stat().st_ctime_ns)]
 
 
 def _recover(target: Path) -> None:
@@ -187,7 +189,7 @@ def _recover(target: Path) -> None:
 
 def _is_left(path: Path) -> bool:
     """Whether it is what a writer left that lives no more."""
-    if not OURS.fullmatch(path.name) or not path.is_dir():
+    if not OURS.fullmatch(path.name) or path.is_symlink() or not path.is_dir():
         return False
     with locked(path, wait=False) as dead:
         return dead
@@ -210,13 +212,21 @@ def _swap_in(fresh: Path, target: Path) -> None:
     """Puts the new one in place of the old one, on the disk too; where that fails, the old one again."""
     there = target.exists()
     if there:
-        shutil.copymode(target, fresh)
+        _keep_modes(target, fresh)
     back = _swap(fresh, target, there)
     try:
         _sync(target.parent)
     except OSError:
         back()
         raise
+
+
+def _keep_modes(old: Path, new: Path) -> None:
+    """The permissions of what was there, for what takes its place under the same name."""
+    for path in (new, *new.rglob("*")):
+        before = old / path.relative_to(new)
+        if before.exists() and before.is_dir() == path.is_dir():
+            shutil.copymode(before, path)
 
 
 def _swap(fresh: Path, target: Path, there: bool) -> Callable[[], object]:
@@ -227,10 +237,20 @@ def _swap(fresh: Path, target: Path, there: bool) -> Callable[[], object]:
     if exchange(fresh, target):
         return lambda: exchange(fresh, target)
     if target.is_file():
-        os.replace(fresh, target)
-        return lambda: None  # the old one is gone
+        return _replace_file(fresh, target)
     _exchange_by_renames(fresh, target)
     return lambda: _exchange_by_renames(fresh, target)
+
+
+def _replace_file(fresh: Path, target: Path) -> Callable[[], object]:
+    """One step that puts the new file in place; the old one has another name meanwhile, where there are hard links."""
+    kept = fresh.with_name(f"{fresh.name}{OLD}")
+    try:
+        os.link(target, kept)
+    except OSError:
+        kept = None
+    os.replace(fresh, target)
+    return lambda: kept and os.replace(kept, target)
 
 
 def _exchange_by_renames(fresh: Path, target: Path) -> None:

@@ -75,7 +75,7 @@ def write_once(shared: bool, write: Callable[[], None]) -> None:
     if jax.process_index() == 0:
         try:
             write()
-        except Exception as raised:
+        except BaseException as raised:  # an interrupt, too: the others are waiting
             error = raised
     failed = multihost_utils.broadcast_one_to_all(np.asarray(error is not None))
     if error is not None:

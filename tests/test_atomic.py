@@ -84,6 +84,28 @@ def test_files_keep_name_mode_and_links(tmp_path):
     assert target.read_text() == "new" and target.stat().st_mode & 0o777 == 0o640
 
 
+def test_files_of_a_folder_keep_their_modes(tmp_path):
+    target = tmp_path / "out"
+    write_folder(target, filler(secret="1", open="1"))
+    (target / "secret").chmod(0o600)
+    write_folder(target, filler(secret="2", open="2", new="2"))
+    modes = {path.name: path.stat().st_mode & 0o777 for path in target.iterdir()}
+    assert modes["secret"] == 0o600 and modes["open"] == modes["new"] != 0o600
+
+
+@pytest.mark.parametrize("suffix", [atomic.NEW, atomic.OLD])
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_by_the_name_of_a_leftover_is_none(tmp_path, suffix, there):
+    (tmp_path / "elsewhere").mkdir()
+    for n, aim in enumerate(("nothing", "elsewhere")):
+        (tmp_path / f".out.0000000{n}{suffix}").symlink_to(aim)
+    if there:
+        write_folder(tmp_path / "out", filler(x="1"))
+    write_folder(tmp_path / "out", filler(x="2"))
+    assert contents(tmp_path / "out") == {"x": "2"} and not (tmp_path / "out").is_symlink()
+    assert len(os.listdir(tmp_path)) == 4 and (tmp_path / "elsewhere").exists()
+
+
 def test_new_things_have_the_usual_permissions(tmp_path):
     (tmp_path / "plain").mkdir()
     write_folder(tmp_path / "out", filler(x="1"))
@@ -143,9 +165,9 @@ def test_two_folders_change_places(tmp_path):
         exchange(tmp_path / "a", tmp_path / "none")
 
 
-@pytest.mark.parametrize("can_exchange", [True, False])
+@pytest.mark.parametrize("has", [("exchange", "link"), ("link",), ()])
 @pytest.mark.parametrize("write", [write_folder, write_file])
-def test_a_parent_that_does_not_sync_gets_the_old_one_back(tmp_path, monkeypatch, write, can_exchange):
+def test_a_parent_that_does_not_sync_gets_the_old_one_back(tmp_path, monkeypatch, write, has):
     target, sync = tmp_path / "out", atomic._sync
 
     def fill(text):
@@ -158,13 +180,15 @@ def test_a_parent_that_does_not_sync_gets_the_old_one_back(tmp_path, monkeypatch
 
     write(target, fill("1"))
     before = contents(tmp_path)
-    if not can_exchange:
+    if "exchange" not in has:
         monkeypatch.setattr(atomic, "exchange", lambda a, b: False)
+    if "link" not in has:
+        monkeypatch.setattr(os, "link", lambda a, b: fails(tmp_path))
     monkeypatch.setattr(atomic, "_sync", fails)
     with pytest.raises(OSError, match="no such luck"):
         write(target, fill("2"))
-    kept = can_exchange or write is write_folder  # a file that can only be replaced is gone
-    assert (contents(tmp_path) == before) == kept and os.listdir(tmp_path) == ["out"]
+    kept = has or write is write_folder  # a file that can only be replaced is gone
+    assert (contents(tmp_path) == before) == bool(kept) and os.listdir(tmp_path) == ["out"]
 
 
 def test_a_living_writer_is_left_alone(tmp_path):
