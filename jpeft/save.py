@@ -282,6 +282,7 @@ def _site(found: Any, where: str) -> Site:
         raise AdapterError(f"{where}: no such rank ({site.rank}), method ({site.method!r:.50}) or groups")
     if site.use not in (None, "lookup", "product") or kernel.kind not in KINDS:
         raise AdapterError(f"{where}: no such use ({site.use!r:.50}) or kind ({kernel.kind!r:.50})")
-    if site.layers is not None and (kernel.stack is None or not set(site.layers) <= set(range(kernel.depth))):
+    depth = kernel.depth
+    if site.layers is not None and (kernel.stack is None or not all(0 <= layer < depth for layer in site.layers)):
         raise AdapterError(f"{where}: layers {site.layers!s:.100} of {kernel.depth} that are stacked")
     return site

@@ -1,7 +1,7 @@
-"""Hostile adapter folders: each is refused with one typed error, in bounded time and memory.
+"""Hostile adapter folders and files: each is refused with one typed error, in bounded time and memory.
 
-A valid folder is spoiled in one way after another, and loaded. Prints a table of the costliest, and exits with 1 if one
-was loaded, raised anything but AdapterError, or took more than is promised.
+A valid folder is spoiled in one way after another, and loaded; so are the files of `hostile_files.py`. Prints a table
+of the costliest, and exits with 1 if one was loaded, raised anything but AdapterError, or took more than is promised.
 
     python -m reliability.hostile
 """
@@ -27,6 +27,7 @@ from rich.progress import track
 import jpeft
 from benchmarks.tables import publish, table
 from jpeft_interop import load_peft, save_peft
+from reliability.hostile_files import FILES, LOADS
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 SECONDS, MEBIBYTES = 1.0, 256
@@ -344,6 +345,17 @@ def tried(names: list[str], folder: Path) -> dict[str, tuple[str, float, float]]
     return found
 
 
+def tried_files(names: list[str], folder: Path) -> dict[str, tuple[str, float, float]]:
+    """Each of the other files, loaded."""
+    found = {}
+    for name in track(names, description="hostile files"):
+        place = folder / "files" / "adapter"
+        place.mkdir(parents=True)
+        found[name] = measured(FILES[name](place))
+        shutil.rmtree(place.parent)
+    return found
+
+
 def main() -> None:
     """Tries all of them, and prints what it took."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -352,11 +364,12 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         found = tried([name for name in FOLDERS if options.only in name], Path(folder))
+        found |= tried_files([name for name in FILES if options.only in name], Path(folder))
     _, seconds, peak = found.pop("a valid folder")
     broken = [
         name
         for name, (ended, took, above) in found.items()
-        if not ended.startswith("loaded" if name in HARMLESS else "AdapterError")
+        if not ended.startswith("loaded" if name in (*HARMLESS, *LOADS) else "AdapterError")
         or took > SECONDS
         or above - peak > MEBIBYTES
         or len(ended) > 3000
@@ -366,8 +379,9 @@ def main() -> None:
         [name, f"{found[name][1] * 1e3:.0f}", f"{max(0, found[name][2] - peak):.0f}", _short(found[name][0])]
         for name in (costly if options.all else costly[:10])
     ]
-    shown = table(["folder", "CPU ms", "MiB above a valid load", "how it ends"], rows)
-    told = f"{len(found)} folders, {len(found) - len(broken)} end as promised; a valid one takes {seconds * 1e3:.0f} ms"
+    shown = table(["folder or file", "CPU ms", "MiB above a valid load", "how it ends"], rows)
+    told = f"{len(found)} folders and files, {len(found) - len(broken)} end as promised"
+    told += f"; a valid folder takes {seconds * 1e3:.0f} ms"
     publish("hostile", f"{shown}\n\n{told}.")
     for name in broken:
         print(f"BROKEN: {name}: {_short(found[name][0])}", file=sys.stderr)

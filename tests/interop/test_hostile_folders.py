@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 import jpeft
 from jpeft_interop import load_adapters, load_peft, save_adapters, save_peft
 from reliability.hostile import CONFIG, FOLDERS, HARMLESS, WEIGHTS, measured, params, valid
+from reliability.hostile_files import FILES, LOADS
 
 SLACK = 20  # of the time that is promised, which `python -m reliability.hostile` measures on a quiet machine
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,6 +38,13 @@ def test_each_way_to_spoil_a_folder(folder, base, name):
     FOLDERS[name](folder)
     ended, seconds, peak = measured(lambda: load_peft(folder, base))
     assert ended.startswith("loaded" if name in HARMLESS else "AdapterError"), ended
+    assert len(ended) <= 3_000 and seconds < SLACK and peak < 256
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_each_hostile_file(tmp_path, name):
+    ended, seconds, peak = measured(FILES[name](tmp_path))
+    assert ended.startswith("loaded" if name in LOADS else "AdapterError"), ended
     assert len(ended) <= 3_000 and seconds < SLACK and peak < 256
 
 
