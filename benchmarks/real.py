@@ -76,7 +76,8 @@ def cast(subject: Subject, dtype: Any) -> Subject:
 
 def remat(subject: Subject) -> Subject:
     """The same, all but the products worked out again in the backward pass."""
-    keep = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    policies = jax.checkpoint_policies
+    keep = policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, jpeft.adapted_saveable)
 
     def loss(forward: Callable[..., Any], params: Any, shift: Array | None) -> Array:
         return jax.checkpoint(partial(subject.loss, forward), policy=keep)(params, shift)

@@ -37,6 +37,7 @@ from jpeft.methods.lora import LoRA as LoRA
 from jpeft.optimizers import lora_fa as lora_fa
 from jpeft.optimizers import lora_plus as lora_plus
 from jpeft.penalty import penalty as penalty
+from jpeft.remat import adapted_saveable as adapted_saveable
 from jpeft.save import load as load
 from jpeft.save import save as save
 from jpeft.shardings import optimizer_shardings as optimizer_shardings

@@ -28,6 +28,7 @@ JPEFT = (
     "SpecError",
     "WeightsError",
     "adalora",
+    "adapted_saveable",
     "apply",
     "attach",
     "count",

@@ -240,15 +240,19 @@ def step(
 def _keeps(params: Any, labels: int) -> Callable[..., bool]:
     """The policy of `remat`: products are kept, but for logits that are worked out for some of the labels at a time.
 
-    The policy sees each product alone; logits are told by their width, that of the widest parameter.
+    The policy sees each product alone; logits are told by their width, that of the widest parameter. Of a product with
+    an adapter its result is kept, and so neither of the terms that it is the sum of.
     """
     widest = max(max(leaf.shape, default=0) for leaf in jax.tree.leaves(params))
     is_product = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
 
     def keeps(primitive: Any, *inputs: Any, **settings: Any) -> bool:
-        if not is_product(primitive, *inputs, **settings):
+        if jpeft.adapted_saveable(primitive, *inputs, **settings):
+            shape = inputs[0].shape
+        elif is_product(primitive, *inputs, **settings):
+            shape = _shape_of(inputs, **settings)
+        else:
             return False
-        shape = _shape_of(inputs, **settings)
         return widest not in shape or math.prod(shape) >= labels * widest
 
     return keeps

@@ -22,6 +22,7 @@ from jpeft.errors import KernelError
 from jpeft.kernel import Kernel, to_matrix, wide
 from jpeft.method import Axes, Leaves, Meeting, Method, Shapes, Weights, for_rows
 from jpeft.methods import lora
+from jpeft.remat import named
 from jpeft.site import Site
 
 
@@ -117,7 +118,7 @@ def product(x: Array, y: Array, w: Weights, leaves: Leaves, *, forward_mode: boo
 def lookup(meeting: Meeting, y: Array, w: Weights, leaves: Leaves) -> Array:
     """The same for rows of an embedding, for a convolution, and for experts."""
     gain = meeting.each(_factored_gain(w, leaves))
-    return ((wide(y) + wide(lora.looked_up(meeting, leaves))) * gain).astype(y.dtype)
+    return (named(wide(y) + wide(lora.looked_up(meeting, leaves))) * gain).astype(y.dtype)
 
 
 METHOD = Method(transform, matrices, init, shapes, axes, constant=constant, product=product, lookup=lookup)

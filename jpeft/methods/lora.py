@@ -22,6 +22,7 @@ from jax import Array
 from jpeft.kernel import Kernel
 from jpeft.low_rank import low_rank, low_rank_plain
 from jpeft.method import Axes, Leaves, Meeting, Method, Shapes, Site, Weights
+from jpeft.remat import named
 from jpeft.spec import Spec, names_of
 from jpeft.targets import Patterns, frozen_mapping, pattern_value
 from jpeft.tree import module_of
@@ -218,7 +219,7 @@ def weighted(leaves: Leaves, weight: Array) -> Leaves:
 def product(x: Array, y: Array, w: Weights, leaves: Leaves, *, forward_mode: bool) -> Array:
     """y = x W + s (x A) B, the branch in the factors' dtype."""
     a, b = leaves["a"], leaves["b"]
-    return (low_rank_plain if forward_mode else low_rank)(x.astype(a.dtype), y, a, b, _scaling(leaves))
+    return named((low_rank_plain if forward_mode else low_rank)(x.astype(a.dtype), y, a, b, _scaling(leaves)))
 
 
 def _scaling(leaves: Leaves) -> Array:
@@ -233,7 +234,7 @@ def transposed(leaves: Leaves) -> Leaves:
 
 def lookup(meeting: Meeting, y: Array, w: Weights, leaves: Leaves) -> Array:
     """Row i of s A B is s A[i] B; a convolution with s A B is one with A, then B at each point."""
-    return y + looked_up(meeting, leaves).astype(y.dtype)
+    return named(y + looked_up(meeting, leaves).astype(y.dtype))
 
 
 def looked_up(meeting: Meeting, leaves: Leaves) -> Array:

@@ -20,6 +20,7 @@ from jpeft.kernel import Kernel
 from jpeft.low_rank import gated_low_rank
 from jpeft.method import Leaves, Meeting, Method, Weights
 from jpeft.methods import adalora
+from jpeft.remat import named
 from jpeft.site import Site
 
 
@@ -69,7 +70,7 @@ def transform(w: Array, leaves: Leaves) -> Array:
 def product(x: Array, y: Array, w: Weights, leaves: Leaves, *, forward_mode: bool) -> Array:
     """y + ((x A) ⊙ g) B with `gates` (*batch, rows, K) in the leaves."""
     a, b, gates = leaves["a"], leaves["b"], leaves["gates"].astype(leaves["a"].dtype)
-    y = gated_low_rank(x.astype(a.dtype), y, a, b, gates @ leaves["share"])
+    y = named(gated_low_rank(x.astype(a.dtype), y, a, b, gates @ leaves["share"]))
     return y + (gates @ leaves["bias"]).astype(y.dtype) if "bias" in leaves else y
 
 
@@ -77,7 +78,7 @@ def lookup(meeting: Meeting, y: Array, w: Weights, leaves: Leaves) -> Array:
     """The same for rows of an embedding, and for a convolution; `gates` (..., K) go with `take(A)` (..., R)."""
     gates, then = leaves["gates"].astype(leaves["a"].dtype), meeting.then
     branch = then(meeting.take(leaves["a"]) * then(gates, leaves["share"]), leaves["b"])
-    return y + (branch + then(gates, leaves["bias"]) if "bias" in leaves else branch).astype(y.dtype)
+    return named(y + (branch + then(gates, leaves["bias"]) if "bias" in leaves else branch).astype(y.dtype))
 
 
 def transposed(leaves: Leaves) -> Leaves:
