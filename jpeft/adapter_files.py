@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from jpeft.errors import AdapterError
 
 NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+MOST = 256  # adapters or experts of one folder
 
 
 def adapter_file(folder: str | os.PathLike[str], name: str) -> Path:
@@ -30,6 +32,17 @@ def adapter_file(folder: str | os.PathLike[str], name: str) -> Path:
     if any(target.is_relative_to(allowed) for allowed in (root, *_blobs(root))):
         return path
     raise AdapterError(f"{path}: a link out of the folder, to {target}; expected the file itself: copy it there")
+
+
+def require_apart(folder: str | os.PathLike[str], places: Mapping[str, Path]) -> None:
+    """Raises AdapterError for more than `MOST` adapters, or two that are one file or folder: links cost nothing."""
+    if len(places) > MOST:
+        raise AdapterError(f"{folder}: expected at most {MOST} adapters, found {len(places)}; load them one by one")
+    real: dict[str, str] = {}
+    for name, place in places.items():
+        other = real.setdefault(os.path.realpath(place), name)
+        if other != name:
+            raise AdapterError(f"{folder}: {name!r:.100} and {other!r:.100} are links to one; expected each for itself")
 
 
 def _blobs(root: Path) -> list[Path]:

@@ -59,6 +59,17 @@ def save(path: str | os.PathLike[str], adapter: Adapter, *, params: Any = None) 
       ...     jpeft.load(f"{folder}/adapter.safetensors").spec
       LoRA(rank=1, alpha=None, targets='all-linear')
     """
+    base = None if params is None else base_fingerprint(str(path), params, adapter)
+    content = content_of(adapter, base)
+    write_once(is_shared((adapter, params)), lambda: write_file(path, lambda file: write_tensors(file, *content)))
+
+
+def content_of(adapter: Adapter, base: str | None = None) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """The tensors and the metadata of an adapter's file; where processes share arrays of it, all have to ask.
+
+    Raises:
+      AdapterError: an array is not finite.
+    """
     tensors = {
         f"{part}|{where}|{leaf}": _finite(values(array), where, leaf)
         for part in ("trained", "constant")
@@ -66,11 +77,8 @@ def save(path: str | os.PathLike[str], adapter: Adapter, *, params: Any = None) 
         for leaf, array in leaves.items()
     }
     metadata = {"format": FORMAT, "meta": json.dumps(_meta_to_json(adapter.meta))}
-    if params is not None and (base := base_fingerprint(str(path), params, adapter)) is not None:
-        metadata["base"] = base
-    metadata["digest"] = digest(tensors, metadata)
-    fill = lambda file: write_tensors(file, tensors, metadata)
-    write_once(is_shared((adapter, params)), lambda: write_file(path, fill))
+    metadata |= {} if base is None else {"base": base}
+    return tensors, metadata | {"digest": digest(tensors, metadata)}
 
 
 def write_tensors(file: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:

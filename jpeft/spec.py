@@ -14,7 +14,7 @@ from jpeft.regex import RegexError, parsed
 from jpeft.targets import FIXED, MOST_LAYERS_PATTERNS, MOST_REGEXES, Patterns, Targets, frozen_mapping, frozen_names
 
 Bias = Literal["none", "all", "lora_only"]
-LARGEST = float(np.finfo(np.float32).max)
+LARGEST, SMALLEST = float(np.finfo(np.float32).max), float(np.finfo(np.float32).tiny)
 
 
 @dataclass(frozen=True, repr=False, kw_only=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
@@ -57,7 +56,7 @@ def is_of(value: Any, hint: Any) -> bool:
     if hint is type(None):
         return value is None
     if hint is float:
-        return type(value) in (int, float) and math.isfinite(value) and abs(value) < 2**1000
+        return type(value) in (int, float) and abs(value) < 2**1000
     if hint is int:
         return type(value) is int and abs(value) <= LARGEST
     if hint in (str, bool):

@@ -4,7 +4,7 @@ Every call that opens, makes, writes, syncs, renames or removes something beside
 one with EIO, and one with SIGKILL. A save that fails leaves the old adapter, byte for byte; one that returns, the new
 one; one that is killed, either of the two. The save after it leaves nothing else. Needs Linux and gcc.
 
-    python -m reliability.faults [--kinds native peft adapters] [--every 1]
+    python -m reliability.faults [--kinds native peft adapters xlora] [--every 1]
 """
 
 from __future__ import annotations
@@ -48,6 +48,13 @@ def adapters(place: Path, adapter: Any, params: Any) -> None:
     jpeft_interop.save_adapters(place / "adapters", {"default": adapter, "other": adapter}, params=params)
 
 
+def xlora(place: Path, adapter: Any, params: Any) -> None:
+    experts = {"one": adapter, "other": adapter}
+    classifier = ({"kernel": next(iter(adapter.trained.values()))["a"]},)  # (features, experts), whatever it says
+    spec = jpeft.xlora.XLoRA(bias=False)
+    jpeft.xlora.save(place / "mixture", jpeft.xlora.Mixture(experts, classifier, spec, tuple(experts)))
+
+
 def load_native(place: Path, params: Any) -> Any:
     return jpeft.load(place / "adapter.safetensors", params=params)
 
@@ -60,10 +67,16 @@ def load_adapters(place: Path, params: Any) -> Any:
     return jpeft_interop.load_adapters(place / "adapters", params)["other"]
 
 
+def load_xlora(place: Path, params: Any) -> Any:
+    del params
+    return jpeft.xlora.load(place / "mixture").experts["other"]
+
+
 KINDS: dict[str, tuple[Save, Callable[[Path, Any], Any]]] = {
     "native": (native, load_native),
     "peft": (peft, load_peft),
     "adapters": (adapters, load_adapters),
+    "xlora": (xlora, load_xlora),
 }
 
 

@@ -1,4 +1,4 @@
-"""Fuzzing what reads strangers' files: headers, configs, keys against a base, data files, jpeft's own files.
+"""Fuzzing what reads strangers' files: headers, configs, keys against a base, data files, jpeft's own files, mixtures.
 
 Valid inputs are changed as trees, as text and as bytes; one that ends in a way not seen before is kept, to be changed
 further, as are some that were read. Prints executions, how many were read, how many places refused the others, and
@@ -18,7 +18,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -32,9 +32,13 @@ from benchmarks.tables import publish, table
 from jpeft.digest import digest
 from jpeft.errors import AdapterError, JpeftError
 from jpeft.safetensors_header import ADAPTER_HEADER_BYTES, Entry, parse_header, tensor_at
+from jpeft.save import content_of
 from jpeft.save import parse as parse_native
 from jpeft.strict_json import parse_json_object
 from jpeft.tree import flatten
+from jpeft.xlora import XLoRA
+from jpeft.xlora import init as init_mixture
+from jpeft.xlora.save import parse as parse_mixture
 from jpeft_interop import save_peft
 from jpeft_interop.data import DataError
 from jpeft_interop.data.read import parse as parse_data
@@ -44,6 +48,7 @@ from jpeft_interop.load_peft import parse_peft
 from jpeft_interop.peft_config import read_config
 from jpeft_interop.provenance import CONFIG_DEPTH
 from jpeft_interop.safetensors_file import Tensors
+from jpeft_interop.xlora_config import FIELDS, read_xlora_config
 from reliability.mutations import broken, dumped, tree
 
 EXECUTIONS, SLOWEST, KEPT, COLLECT = 40_000, 50, 500, 5_000  # of each target; ms; inputs; executions
@@ -162,6 +167,7 @@ def targets() -> dict[str, Target]:
         "keys": Target(read, _change_keys, lambda one: _read_keys(one, flat, layout), AdapterError),
         "data": Target(_data(), _change_data, _read_data, DataError),
         "native": Target(native, _change_native, _read_native, AdapterError),
+        "xlora": Target(_mixtures(base), _change_mixture, _read_mixture, AdapterError),
     }
 
 
@@ -321,9 +327,53 @@ def _read_native(one: Input) -> Any:
     return parse_native("f", tensors, told | {"digest": digest(tensors, told)})
 
 
+def _mixtures(base: Any) -> list[Input]:
+    """Metadata and tensors of a mixture of jpeft's; or the config of one of PEFT's."""
+    experts = {name: jpeft.init(jax.random.key(n), _specs()[n], base) for n, name in enumerate(("a", "b"))}
+    content = [content_of(expert) for expert in experts.values()]
+    config = {"peft_type": "XLORA", "hidden_size": 4, "adapters": {"0": "x", "1": "y"}}
+    config |= {theirs: XLoRA().__dict__[ours] for theirs, ours, _ in FIELDS}
+    found: list[Input] = [(config,)]
+    for spec in (XLoRA(), XLoRA(depth=2, hidden=3, bias=False), XLoRA(layerwise=True, top_k=1)):
+        mixture = init_mixture(jax.random.key(0), spec, experts, features=4)
+        tensors = {f"{i}/{n}": np.asarray(leaf) for i, one in enumerate(mixture.classifier) for n, leaf in one.items()}
+        metadata = {"spec": asdict(spec), "names": list(experts), "experts": [told["digest"] for _, told in content]}
+        found.append((metadata, {key: tensor.tolist() for key, tensor in tensors.items()}, content))
+    return found
+
+
+def _change_mixture(one: Input, draw: Random) -> Input:
+    if len(one) == 1 or draw.random() < 0.7:
+        return (_times(one[0], draw), *one[1:])
+    return one[0], _times(one[1], draw), one[2]
+
+
+def _read_mixture(one: Input) -> Any:
+    """With the digest that it should have; tensors as lists, for what can be a tensor's value."""
+    if len(one) == 1:
+        text = json.dumps(one[0]).encode("utf-8", "surrogatepass")
+        return read_xlora_config(parse_json_object(text, CONFIG, AdapterError, CONFIG_DEPTH), CONFIG)
+    described, values, content = one
+    metadata = {"format": "jpeft-xlora-3"}
+    if isinstance(described, dict):
+        metadata |= {str(name): json.dumps(value) for name, value in described.items()}
+    tensors = {str(key): _tensor(value) for key, value in values.items()} if isinstance(values, dict) else {}
+    told = {name: value for name, value in metadata.items() if name != "digest"}
+    main = tensors, told | {"digest": digest(tensors, told)}
+    return parse_mixture(Path("f"), main, lambda k: content[k % len(content)])
+
+
+def _tensor(value: Any) -> np.ndarray:
+    try:
+        with np.errstate(all="ignore"):
+            return np.asarray(value, np.float32)
+    except (OverflowError, TypeError, ValueError):
+        return np.zeros(3, np.int32)
+
+
 def main() -> None:
     """Fuzzes, and prints what came of it."""
-    names = ("header", "config", "keys", "data", "native")
+    names = ("header", "config", "keys", "data", "native", "xlora")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--executions", type=int, default=EXECUTIONS, help="of each target (default: %(default)s)")
     parser.add_argument("--target", choices=names, action="append", help="only this; give it as often as you like")

@@ -1,4 +1,4 @@
-"""Hostile files for the other loaders: the native file, and folders for a base whose layers are stacked.
+"""Hostile files for the other readers: native files, mixtures, summaries, folders of several, bases that are stacked.
 
 Each trial writes what an enemy would into a folder, and gives the call that is to refuse it.
 """
@@ -16,7 +16,8 @@ import numpy as np
 
 import jpeft
 from jpeft.safetensors_header import DTYPES
-from jpeft_interop import Layout, Place, load_peft
+from jpeft_interop import Layout, Place, load_adapters, load_peft
+from jpeft_interop.adapter_summary import summarise
 
 Act = Callable[[], Any]
 Trial = Callable[[Path], Act]
@@ -103,12 +104,65 @@ def stacked(ranks: list[int], size: int = 1024) -> Trial:
     return write
 
 
+def pair(folder: Path, module: str, rank: int, wide: int = 1) -> None:
+    """A folder of PEFT's with one pair of factors, float8."""
+    folder.mkdir(exist_ok=True)
+    ones = lambda *shape: np.ones(shape, ml_dtypes.float8_e4m3fn)
+    key = f"base_model.model.{module}.lora_{{}}.weight"
+    (folder / CONFIG).write_text(json.dumps({"peft_type": "LORA", "r": rank, "target_modules": ["q"]}))
+    put(folder / WEIGHTS, {key.format("A"): ones(rank, wide), key.format("B"): ones(wide, rank)}, {})
+
+
+def told(module: str, rank: int = 1) -> Trial:
+    """The summary of one pair, which is all that looks at it without a base."""
+
+    def write(folder: Path) -> Act:
+        pair(folder, module, rank)
+        return lambda: summarise(folder)
+
+    return write
+
+
+def links(count: int) -> Trial:
+    """One adapter under many names."""
+
+    def write(folder: Path) -> Act:
+        base = {"q": {"kernel": np.ones((1, 1), np.float32)}}
+        pair(folder / "a", "q", 1)
+        for n in range(count):
+            (folder / f"l{n}").symlink_to("a")
+        return lambda: load_adapters(folder, base)
+
+    return write
+
+
+def mixture(spec: str = "{}", names: list[str] | None = None, count: int = 2) -> Trial:
+    """A mixture of one expert, by so many links."""
+
+    def write(folder: Path) -> Act:
+        path = "l/kernel"
+        told = {"format": "jpeft-1", "meta": meta(sites=[site(path)])}
+        put(folder / "expert-0.safetensors", leaves(path), told)
+        for n in range(1, count):
+            (folder / f"expert-{n}.safetensors").symlink_to("expert-0.safetensors")
+        called = [f"e{n}" for n in range(count)] if names is None else names
+        classifier = {"0/kernel": np.ones((4, count), np.float32), "0/bias": np.ones(count, np.float32)}
+        described = {"format": "jpeft-xlora-1", "spec": spec, "names": json.dumps(called)}
+        put(folder / "xlora.safetensors", classifier, described)
+        return lambda: jpeft.xlora.load(folder)
+
+    return write
+
+
 LOADS = (  # there is nothing wrong with those
     "400 shapes",
     "a rank in each layer of a stack",
     "10 stacks of a million",
     "49,000 patterns",
     "a path of 900 dots",
+    "a summary of a rank of 9,000",
+    "a summary of a rank of 3 million",
+    "a summary of a superscript",
 )
 FILES: dict[str, Trial] = {
     "400 shapes": several([(n + 1, 1) for n in range(400)]),
@@ -130,4 +184,17 @@ FILES: dict[str, Trial] = {
     "factors in float64, natively": one(dtype=np.float64),
     "complex factors": one(dtype=np.complex64),
     "boolean factors": one(dtype=np.bool_),
+    "a summary of a rank of 9,000": told("q", 9_000),
+    "a summary of a rank of 3 million": told("q", 3_000_000),
+    "a summary of a superscript": told("layers.²"),
+    "a summary of 5,000 digits": told("layers." + "1" * 5_000),
+    "a summary of 500,000 dots": told("." * 500_000),
+    "2,000 links to one adapter": links(2_000),
+    "two links to one adapter": links(2),
+    "a mixture of 400 links": mixture(count=400),
+    "a mixture of 200 links": mixture(count=200),
+    "a mixture of many names": mixture(names=[f"e{n}" for n in range(400_000)]),
+    "a mixture's number of 400 digits": mixture('{"temperature":1' + "0" * 400 + "}"),
+    "a mixture's nested spec": mixture('{"depth":' + "[" * 900_000 + "]" * 900_000 + "}"),
+    "a mixture's spec of 2 million numbers": mixture('{"depth":[1' + ",1" * MANY + "]}"),
 }

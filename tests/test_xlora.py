@@ -1,5 +1,6 @@
 """X-LoRA against a dense computation in which every token has weights of its own."""
 
+import json
 import os
 import subprocess
 import sys
@@ -498,10 +499,84 @@ def test_broken_folders(tmp_path):
     (folder / "xlora.safetensors").write_bytes(deeper)
     with pytest.raises(jpeft.AdapterError, match="has changed since it was written"):
         xlora.load(folder)
-    (folder / "xlora.safetensors").write_bytes(deeper.replace(b"jpeft-xlora-2", b"jpeft-xlora-1"))  # had no digest
+    (folder / "xlora.safetensors").write_bytes(deeper.replace(b"jpeft-xlora-3", b"jpeft-xlora-1"))  # had no digest
     (folder / "expert-1.safetensors").write_bytes((folder / "expert-0.safetensors").read_bytes())
     with pytest.raises(jpeft.AdapterError, match=r"expected the tensors \['0/bias', '0/kernel', '1/bias'"):
         xlora.load(folder)
+
+
+def test_experts_of_another_mixture(tmp_path):
+    """Each file is whole; the folder is not."""
+    xlora.save(tmp_path / "a", mixture())
+    one, other = (tmp_path / "a" / f"expert-{k}.safetensors" for k in (0, 1))
+    one.rename(tmp_path / "kept")
+    other.rename(one)
+    (tmp_path / "kept").rename(other)
+    with pytest.raises(jpeft.AdapterError, match=r"expert-0.* is no expert of this mixture: expected the digest"):
+        xlora.load(tmp_path / "a")
+
+
+def test_experts_that_are_links_to_one(tmp_path):
+    xlora.save(tmp_path / "a", mixture())
+    one, other = (tmp_path / "a" / f"expert-{k}.safetensors" for k in (0, 1))
+    other.unlink()
+    other.symlink_to(one.name)
+    with pytest.raises(jpeft.AdapterError, match="are links to one; expected each for itself"):
+        xlora.load(tmp_path / "a")
+
+
+def told(folder, **changed):
+    """A folder of the form that has no digests, with other metadata."""
+    xlora.save(folder, mixture())
+    data = (folder / "xlora.safetensors").read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    found = {name: header["__metadata__"][name] for name in ("spec", "names")}
+    header["__metadata__"] = found | {"format": "jpeft-xlora-1"} | changed
+    text = json.dumps(header).encode()
+    (folder / "xlora.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data[end:])
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({}, None),
+        ({"spec": '{"temperature": 1' + "0" * 400 + "}"}, r"field 'temperature': expected float"),
+        ({"spec": '{"temperature": 1e-60}'}, r"temperature must be greater than 0"),
+        ({"spec": '{"global_weight": 1e60}'}, r"global_weight must be a finite number"),
+        ({"spec": '{"top_k": 9}'}, r"a mixture of the top 9 needs at least 9 experts"),
+        ({"spec": "[]"}, r"expected a JSON object"),
+        ({"spec": '{"depth": [[[]]]}'}, r"nested too deeply"),
+        ({"names": "[[[]]]"}, r"nested too deeply"),
+        ({"names": '["a", "a"]'}, r"'names': expected those of 1 to 256 experts, each once"),
+        ({"names": json.dumps([f"n{k}" for k in range(400)])}, r"'names': expected those of 1 to 256 experts"),
+        ({"names": '["a"], "more": []'}, r"'names': expected a list of strings"),
+        ({"names": json.dumps([f"n{k}" for k in range(200)])}, r"200 names of experts; the classifier has kernels of"),
+        ({"names": '["' + "x" * 100_000 + '"]'}, r"1 names of experts"),
+    ],
+)
+def test_what_a_strangers_mixture_says(tmp_path, changed, message):
+    told(tmp_path / "a", **changed)
+    if message is None:
+        xlora.load(tmp_path / "a")
+        return
+    with pytest.raises(jpeft.AdapterError, match=message) as caught:
+        xlora.load(tmp_path / "a")
+    assert len(str(caught.value)) < 2_000
+
+
+def test_an_expert_that_can_not_be_mixed(tmp_path):
+    told(tmp_path / "a")
+    params = {"q": {"kernel": jnp.ones((4, 4))}}
+    jpeft.save(tmp_path / "a" / "expert-0.safetensors", jpeft.init(jax.random.key(0), jpeft.IA3(), params))
+    with pytest.raises(jpeft.AdapterError, match=r"is a 'ia3' at 'q/kernel'; a mixture takes low-rank experts"):
+        xlora.load(tmp_path / "a")
+
+
+def test_paths_with_numbers_of_any_length():
+    params = {"l" + "1" * 5_000: {"kernel": jnp.ones((4, 4))}, "l²": {"kernel": jnp.ones((4, 4))}}
+    expert = jpeft.init(jax.random.key(0), jpeft.LoRA(rank=1), params)
+    assert len(xlora.layers_of({"a": expert})) == 2
 
 
 # What is refused

@@ -16,7 +16,7 @@ import jpeft
 from jpeft.atomic import write_folder
 from jpeft.errors import AdapterError
 from jpeft.shared import is_shared, write_once
-from jpeft_interop.adapter_files import NAME, adapter_file
+from jpeft_interop.adapter_files import MOST, NAME, adapter_file, require_apart
 from jpeft_interop.layout import Layout
 from jpeft_interop.load_peft import CONFIG, WEIGHTS, load_peft
 from jpeft_interop.save_peft import OTHERS, peft_files
@@ -38,7 +38,7 @@ def save_adapters(
 
     Args:
       folder: made if need be; of what it holds, adapters of these names are replaced, and anything else is refused.
-      adapters: by name; `default` lies at the root, as PEFT has it.
+      adapters: by name, at most 256; `default` lies at the root, as PEFT has it.
       params: the base they are for.
       layout: where each path of the params lies in torch, for params with other names or shapes.
       base_model: the name or path of the base that PEFT is to know it by.
@@ -49,6 +49,8 @@ def save_adapters(
     """
     for name in adapters:
         _check_name(name)
+    if len(adapters) > MOST:
+        raise AdapterError(f"a folder holds at most {MOST} adapters, found {len(adapters)}; nothing was written")
     options: Any = {"params": params, "layout": layout, "base_model": base_model, "task_type": task_type}
     files = {name: peft_files(adapter, **options) for name, adapter in adapters.items()}
 
@@ -83,6 +85,7 @@ def load_adapters(
     if places and any(one.name == DEFAULT for one in below):
         raise AdapterError(f"{folder}: holds {DEFAULT!r} twice: at the root, and in the folder of that name")
     places |= {one.name: adapter_file(folder, one.name) for one in below}
+    require_apart(folder, places)
     if not places:
         raise AdapterError(f"{folder}: no {CONFIG} there, nor in a folder below")
     return {name: load_peft(place, params, layout=layout) for name, place in places.items()}
@@ -90,7 +93,7 @@ def load_adapters(
 
 def _holds_one(folder: Path) -> bool:
     """Whether there is an adapter, and nothing else."""
-    names = set(os.listdir(folder))
+    names = set(os.listdir(folder)) if folder.is_dir() else set()
     return CONFIG in names and names <= {CONFIG, WEIGHTS, *OTHERS}
 
 

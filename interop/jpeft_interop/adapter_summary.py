@@ -17,11 +17,13 @@ from jpeft.methods import METHODS
 from jpeft.safetensors_header import ADAPTER_HEADER_BYTES
 from jpeft.tree import dotted, module_of
 from jpeft_interop.adapter_files import adapter_file
-from jpeft_interop.load_peft import WEIGHTS, read_peft_config
+from jpeft_interop.load_peft import WEIGHTS, check_kinds, read_peft_config
 from jpeft_interop.peft_keys import KEYS, PREFIX, keys_of
 from jpeft_interop.peft_types import type_of
 from jpeft_interop.provenance import Provenance, provenance, read_config_object
 from jpeft_interop.safetensors_file import read_safetensors
+
+DIGITS = 20  # of a number in a name; more are letters
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,7 @@ def _of_folder(folder: Path) -> Summary:
     defaults = kind.defaults if kind else {}
     config = {name: value for name, value in sorted(found.items()) if value != defaults.get(name)}
     tensors, _ = read_safetensors(file, AdapterError, ADAPTER_HEADER_BYTES)
+    check_kinds(str(file), tensors)
     modules: dict[str, dict[str, np.ndarray]] = {}
     plain: list[Plain] = []
     for key, tensor in tensors.items():
@@ -138,7 +141,8 @@ def _told(name: str) -> str:
 
 def _numbered(named: Sequence[Any]) -> list[tuple[int, str]]:
     """For sorting by a name, which comes first: layer 2 before layer 10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in named[0].split(".")]
+    is_number = lambda part: part.isdecimal() and len(part) < DIGITS
+    return [(int(part), "") if is_number(part) else (-1, part) for part in named[0].split(".")]
 
 
 def _pair(module: str, leaves: Mapping[str, np.ndarray], spec: Any, file: Path) -> Factors:
@@ -150,7 +154,7 @@ def _pair(module: str, leaves: Mapping[str, np.ndarray], spec: Any, file: Path) 
         found = " and ".join(f"{name.upper()} of shape {leaf.shape}" for name, leaf in leaves.items())
         raise AdapterError(f"{file}: {module!r}: {found} have no rank in common")
     a = leaves["a"].reshape(rank, math.prod(leaves["a"].shape[1:])).T
-    b = leaves["b"].reshape(leaves["b"].shape[0], -1).T if rank else leaves["b"].T
+    b = np.moveaxis(leaves["b"], 1, -1).reshape(math.prod(leaves["b"].shape[:1] + leaves["b"].shape[2:]), rank).T
     alpha = _alpha(spec, module)
     scaling = spec.scaling if spec.method == "adalora" else spec.scaling(rank, alpha)
     e = leaves["e"].reshape(rank) if "e" in leaves else None
@@ -175,7 +179,8 @@ def _of_file(file: Path) -> Summary:
             continue
         module = dotted(module_of(site.path))
         if "a" in leaves:
-            matrices = METHODS[site.method].matrices(adapter.leaves(site.path), site.kernel)
+            held: Any = {name: np.asarray(leaf) for name, leaf in adapter.leaves(site.path).items()}
+            matrices = METHODS[site.method].matrices(held, site.kernel)
             a, b, scaling = (np.asarray(matrices[name]) for name in ("a", "b", "scaling"))
             alpha, e = _alpha(spec, module_of(site.path)), leaves.get("e")
             factors.append(_factors(module, alpha, scaling, a, b, e, leaves))
@@ -220,7 +225,8 @@ def _norm(array: np.ndarray) -> float:
 
 
 def _norm_of_product(scaling: np.ndarray, a: np.ndarray, b: np.ndarray) -> float:
-    """‖s A B‖ by ‖A B‖² = tr(Bᵀ Aᵀ A B) = <Aᵀ A, B Bᵀ>: two r x r matrices, and A B is not formed."""
+    """‖s A B‖ by ‖A B‖² = tr(Bᵀ Aᵀ A B) = <Aᵀ A, B Bᵀ>: two r x r matrices, where A B is no smaller than those."""
     a, b = a.astype(np.float64), b.astype(np.float64)
-    inner = np.sum((a.mT @ a) * (b @ b.mT), axis=(-2, -1))
+    rank, sides = a.shape[-1], a.shape[-2] * b.shape[-1]
+    inner = np.sum((a @ b) ** 2 if sides < rank**2 else (a.mT @ a) * (b @ b.mT), axis=(-2, -1))
     return float(np.sqrt(np.maximum(np.sum(scaling.astype(np.float64) ** 2 * inner), 0.0)))

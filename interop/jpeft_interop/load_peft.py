@@ -122,7 +122,7 @@ def parse_peft(
     checked = read_config(config, str(folder / CONFIG))
     reading = _Reading(file, checked, flat, layout, kernels or layout.kernels, tensors, blocks)
     try:
-        _check_kinds(file, tensors)
+        check_kinds(file, tensors)
         stated = read_stated(file, metadata)
         reading.check_keys_and_shapes()
         for key, tensor in tensors.items():
@@ -164,7 +164,8 @@ def _read_tensors(folder: Path, most: int) -> tuple[Tensors, dict[str, str]]:
     return read_safetensors(file, AdapterError, ADAPTER_HEADER_BYTES, most)
 
 
-def _check_kinds(file: str, tensors: Tensors) -> None:
+def check_kinds(file: str, tensors: Tensors) -> None:
+    """Raises AdapterError for what is no array of floats, by the header alone."""
     for key in tensors:
         shape, dtype = tensors.spec(key)
         if not jnp.issubdtype(dtype, jnp.floating) or not shape:

@@ -20,12 +20,13 @@ import numpy as np
 from jpeft.adapter import Adapter
 from jpeft.errors import AdapterError, SpecError
 from jpeft.safetensors_header import ADAPTER_HEADER_BYTES
+from jpeft.save import check_tensor
 from jpeft.site import Site
 from jpeft.tree import flatten
 from jpeft.xlora import Mixture, layers_of
 from jpeft.xlora.classifier import Dense
 from jpeft.xlora.mixture import check_experts
-from jpeft_interop.adapter_files import adapter_file
+from jpeft_interop.adapter_files import MOST, adapter_file, require_apart
 from jpeft_interop.layout import Layout, default_layout
 from jpeft_interop.layout.factors import batch_index, is_adapted
 from jpeft_interop.load_peft import CONFIG, WEIGHTS, load_peft
@@ -34,6 +35,7 @@ from jpeft_interop.safetensors_file import read_safetensors
 from jpeft_interop.xlora_config import XLoraConfig, read_xlora_config
 
 DEEPEST = 100  # layers of a classifier
+LONGEST = 500  # characters of what an error shows of a file
 PREFIX = "base_model.internal_xlora_classifier.layers."
 REPAIR = (
     "Where the PEFT model still lives, write them beside it: safetensors.torch.save_file({k: v for k, v in "
@@ -83,18 +85,20 @@ def _classifier(file: Path, config: XLoraConfig) -> list[dict[str, np.ndarray]]:
     """Its layers as torch has them, `weight` (out, in) and `bias`; the last one's outputs are not checked yet."""
     if not file.exists():
         raise AdapterError(f"{file.parent}: no {WEIGHTS} there; it should hold the classifier")
-    spec, (tensors, _) = config.spec, read_safetensors(file, AdapterError, ADAPTER_HEADER_BYTES)
+    spec = config.spec
     if spec.depth > DEEPEST:
-        raise AdapterError(f"{file.parent / CONFIG}: 'xlora_depth' is {spec.depth}; expected at most {DEEPEST}")
+        raise AdapterError(f"{file.parent / CONFIG}: 'xlora_depth' is {spec.depth!s:.50}; expected at most {DEEPEST}")
+    tensors, _ = read_safetensors(file, AdapterError, ADAPTER_HEADER_BYTES, 10 * DEEPEST)
     between = 3 if spec.dropout > 0 else 2  # torch counts the ReLU and the dropout, too
     wanted = [f"{PREFIX}{i * between}.{leaf}" for i in range(spec.depth) for leaf in ("weight", "bias")]
     if lost := [key for key in wanted if key not in tensors]:
         raise AdapterError(
-            f"{file}: the classifier is not whole: {', '.join(map(repr, lost))} {'is' if len(lost) == 1 else 'are'} "
-            f"missing. PEFT 0.21.2 loses them when it saves, and they are not made up here. {REPAIR}"
+            f"{file}: the classifier is not whole: {', '.join(map(repr, lost)):.{LONGEST}} "
+            f"{'is' if len(lost) == 1 else 'are'} missing. PEFT 0.21.2 loses them when it saves, and they are not made "
+            f"up here. {REPAIR}"
         )
     if foreign := [key for key in tensors if key not in wanted]:
-        raise AdapterError(f"{file}: key {foreign[0]!r} is none of the classifier's, {wanted}")
+        raise AdapterError(f"{file}: key {foreign[0]!r:.200} is none of the classifier's, {wanted!s:.{LONGEST}}")
     layers = [
         {leaf: tensors[f"{PREFIX}{i * between}.{leaf}"] for leaf in ("weight", "bias")} for i in range(spec.depth)
     ]
@@ -110,8 +114,9 @@ def _check_layers(layers: list[dict[str, np.ndarray]], config: XLoraConfig, file
             found = layer[leaf]
             if found.shape != shape:
                 raise AdapterError(f"{file}: {leaf} of dense layer {number}: expected {shape}, found {found.shape}")
-            if not jnp.issubdtype(found.dtype, jnp.floating) or not np.isfinite(found.astype(np.float32)).all():
-                raise AdapterError(f"{file}: {leaf} of dense layer {number}: expected floats, all of them finite")
+            check_tensor(f"{leaf} of dense layer {number}", found, file)
+        if len({found.dtype for found in layer.values()}) > 1:
+            raise AdapterError(f"{file}: weight and bias of dense layer {number}: expected one dtype")
         fan_in = fan_out
 
 
@@ -119,15 +124,19 @@ def _folders(folder: Path, names: tuple[str, ...]) -> dict[str, Path]:
     """The experts' folders, in the classifier's order: PEFT numbers them, and sorts the names in its config."""
     numbers = [str(k) for k in range(len(names))]
     call = "load_peft_xlora(folder, params, experts={name: folder, ...})"
+    if len(names) > MOST:
+        raise AdapterError(f"{folder / CONFIG}: 'adapters': expected at most {MOST}, found {len(names)}")
     if sorted(names) != sorted(numbers):
         raise AdapterError(
-            f"{folder / CONFIG}: the experts are called {', '.join(map(repr, names))}, sorted, so that their order in "
-            f"the classifier can't be told; give them in that order: {call}"
+            f"{folder / CONFIG}: the experts are called {', '.join(map(repr, names)):.{LONGEST}}, sorted, so that "
+            f"their order in the classifier can't be told; give them in that order: {call}"
         )
     for name in numbers:
         if not (folder / name / CONFIG).exists():
             raise AdapterError(f"{folder}: expert {name!r} is not there, in a folder of that name; say where: {call}")
-    return {name: adapter_file(folder, name) for name in numbers}
+    places = {name: adapter_file(folder, name) for name in numbers}
+    require_apart(folder, places)
+    return places
 
 
 def _expert(name: str, folder: str | os.PathLike[str], params: Any, layout: Layout) -> Adapter:

@@ -112,7 +112,7 @@ def read_stated(file: str, metadata: Mapping[str, str]) -> Stated | None:
       AdapterError: it is one, and broken.
     """
     others = {name: value for name, value in metadata.items() if name != KEY}
-    if KEY not in metadata and not any("digest=" in value or " base=" in value for value in others.values()):
+    if KEY not in metadata and not any(map(STATED.fullmatch, others.values())):
         return None
     found = STATED.fullmatch(metadata.get(KEY, ""))
     if found is None or int(found.group(3)) != len(others):

@@ -18,6 +18,8 @@ from jpeft.gates import ROUTABLE
 from jpeft.xlora import classifier as mlp
 from jpeft.xlora.spec import XLoRA
 
+DIGITS = 20  # of a number in a path; more are letters
+
 
 class Layer(NamedTuple):
     """One weight that some expert adapts.
@@ -140,7 +142,8 @@ def layers_of(experts: Mapping[str, Adapter]) -> tuple[Layer, ...]:
 
 
 def _numbered(path: str) -> list[tuple[int, str]]:
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", path)]
+    is_number = lambda part: part.isdecimal() and len(part) < DIGITS
+    return [(int(part), "") if is_number(part) else (-1, part) for part in re.split(r"(\d+)", path)]
 
 
 def outputs_of(spec: XLoRA, experts: Mapping[str, Adapter]) -> tuple[int, ...]:

@@ -1,7 +1,8 @@
 """A mixture as one folder that needs nothing else: `xlora.safetensors` and a file for each expert. Lossless.
 
 `xlora.safetensors` holds the classifier, and in its metadata the spec and the experts' names in order; expert k is in
-`expert-k.safetensors`, so that a name is never part of a path or key, and can be any string.
+`expert-k.safetensors`, so that a name is never part of a path or key, and can be any string. The digest of each is in
+the metadata, too, so that experts can't change places, or come from another mixture.
 """
 
 from __future__ import annotations
@@ -9,23 +10,23 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import save_file
 
-from jpeft.adapter_files import adapter_file
+from jpeft.adapter import Adapter
+from jpeft.adapter_files import MOST, adapter_file, require_apart
 from jpeft.atomic import write_folder
 from jpeft.digest import digest
 from jpeft.errors import AdapterError, SpecError
+from jpeft.finite import is_finite
 from jpeft.safetensors_header import ADAPTER_HEADER_BYTES, open_safetensors, tensor_at
-from jpeft.save import is_finite
-from jpeft.save import load as load_adapter
-from jpeft.save import save as save_adapter
+from jpeft.save import check_tensor, content_of, write_tensors
+from jpeft.save import parse as parse_adapter
 from jpeft.shared import is_shared, values, write_once
 from jpeft.strict_json import parse_json_object
 from jpeft.typed import from_json, is_of
@@ -33,8 +34,12 @@ from jpeft.xlora.classifier import Classifier
 from jpeft.xlora.mixture import Mixture, check_experts, outputs_of
 from jpeft.xlora.spec import XLoRA
 
-FORMAT, UNSIGNED, MAIN = "jpeft-xlora-2", "jpeft-xlora-1", "xlora.safetensors"  # the second has no digest
+# the second has no digests of the experts, the third none at all
+FORMAT, APART, UNSIGNED, MAIN = "jpeft-xlora-3", "jpeft-xlora-2", "jpeft-xlora-1", "xlora.safetensors"
 EXPERT = re.compile(r"expert-\d+\.safetensors")
+MOST_VALUES = 1_000  # of the JSON in the metadata
+Tensors = Mapping[str, np.ndarray]
+Stored = tuple[Tensors, Mapping[str, str]]  # of a file: its tensors and its metadata
 
 
 def save(folder: str | os.PathLike[str], mixture: Mixture) -> None:
@@ -47,25 +52,35 @@ def save(folder: str | os.PathLike[str], mixture: Mixture) -> None:
       mixture: any mixture; its arrays are saved in their own dtypes.
 
     Raises:
-      AdapterError: an array is not finite.
+      AdapterError: an array is not finite, or of a dtype that the format has no name for.
       JpeftError: the folder holds other things.
+      OSError: it can't be written; then what was there still is.
     """
     shared, mixture = is_shared(mixture), jax.tree.map(values, mixture)
     tensors: dict[str, Any] = {
         f"{i}/{n}": leaf for i, layer in enumerate(mixture.classifier) for n, leaf in layer.items()
     }
     for key, tensor in tensors.items():
-        if not np.isfinite(tensor.astype(np.float32)).all():
+        if not is_finite(tensor):
             raise AdapterError(f"{key!r} of the classifier holds values that are not finite; nothing was written")
-    metadata = {"format": FORMAT, "spec": json.dumps(asdict(mixture.spec)), "names": json.dumps(mixture.names)}
+    if len(mixture.names) > MOST:
+        raise AdapterError(f"a mixture's folder holds at most {MOST} experts; found {len(mixture.names)}")
+
+    experts = [content_of(mixture.experts[name]) for name in mixture.names]
+    metadata = _metadata(mixture, [described["digest"] for _, described in experts])
     metadata["digest"] = digest(tensors, metadata)
 
     def fill(new: Path) -> None:
-        save_file({key: np.ascontiguousarray(tensor) for key, tensor in tensors.items()}, new / MAIN, metadata)
-        for k, name in enumerate(mixture.names):
-            save_adapter(_expert(new, k), mixture.experts[name])
+        write_tensors(new / MAIN, {key: np.ascontiguousarray(tensor) for key, tensor in tensors.items()}, metadata)
+        for k, content in enumerate(experts):
+            write_tensors(_expert(new, k), *content)
 
     write_once(shared, lambda: write_folder(folder, fill, lambda name: EXPERT.fullmatch(name) is not None))
+
+
+def _metadata(mixture: Mixture, digests: list[str]) -> dict[str, str]:
+    texts = {"spec": asdict(mixture.spec), "names": mixture.names, "experts": digests}
+    return {"format": FORMAT} | {name: json.dumps(value) for name, value in texts.items()}
 
 
 def load(folder: str | os.PathLike[str]) -> Mixture:
@@ -77,17 +92,54 @@ def load(folder: str | os.PathLike[str]) -> Mixture:
     folder = Path(folder)
     if not (folder / MAIN).is_file():
         raise AdapterError(f"{folder}: no {MAIN} there; expected a folder that jpeft.xlora.save wrote{_hint(folder)}")
-    mapped, entries, metadata = open_safetensors(adapter_file(folder, MAIN), AdapterError, ADAPTER_HEADER_BYTES)
-    spec, names = _described(metadata, folder / MAIN)
-    found = {key: tensor_at(mapped, entry) for key, entry in entries.items()}
-    _check_tensors(found, metadata, folder / MAIN)
-    tensors = {key: jnp.array(tensor) for key, tensor in found.items()}
-    for k, name in enumerate(names):
-        if not _expert(folder, k).is_file():
-            raise AdapterError(f"{folder}: expert {name!r} is missing; expected it in {_expert(folder, k).name}")
-    experts = {name: load_adapter(adapter_file(folder, _expert(folder, k).name)) for k, name in enumerate(names)}
-    check_experts(spec, experts)
-    return Mixture(experts, _classifier(tensors, spec, outputs_of(spec, experts), folder / MAIN), spec, names)
+    main = _stored(adapter_file(folder, MAIN))
+    _, names = _described(main[1], folder / MAIN)
+    require_apart(folder, {name: _expert(folder, k) for k, name in enumerate(names)})
+
+    def expert(k: int) -> Stored:
+        if not (place := _expert(folder, k)).is_file():
+            raise AdapterError(f"{folder}: expert {names[k]!r:.100} is missing; expected it in {place.name}")
+        return _stored(adapter_file(folder, place.name))
+
+    return parse(folder, main, expert)
+
+
+def parse(folder: Path, main: Stored, expert: Callable[[int], Stored]) -> Mixture:
+    """The mixture that the files of a folder are, `expert` giving the one of each number; `folder` names it in errors.
+
+    Raises:
+      AdapterError: they are none.
+    """
+    (tensors, metadata), file = main, folder / MAIN
+    spec, names = _described(metadata, file)
+    _check_tensors(tensors, metadata, file)
+    _check_count(tensors, names, file)
+    experts = {name: _adapter(folder, k, expert(k), metadata) for k, name in enumerate(names)}
+    try:
+        check_experts(spec, experts)
+    except SpecError as error:
+        raise AdapterError(f"{folder}: {error}") from error
+    classifier = _classifier(tensors, spec, outputs_of(spec, experts), file)
+    kept = tuple({leaf: jax.device_put(np.array(tensor)) for leaf, tensor in layer.items()} for layer in classifier)
+    return Mixture(experts, kept, spec, names)
+
+
+def _stored(file: Path) -> Stored:
+    mapped, entries, metadata = open_safetensors(file, AdapterError, ADAPTER_HEADER_BYTES)
+    return {key: tensor_at(mapped, entry) for key, entry in entries.items()}, metadata
+
+
+def _adapter(folder: Path, k: int, stored: Stored, described: Mapping[str, str]) -> Adapter:
+    tensors, metadata = stored
+    adapter = parse_adapter(str(_expert(folder, k)), tensors, metadata)
+    if described["format"] == FORMAT:
+        expected = _list(described, "experts", folder / MAIN)[k]
+        if (found := metadata.get("digest")) != expected:
+            raise AdapterError(
+                f"{_expert(folder, k)}: it is no expert of this mixture: expected the digest {expected!r:.100}, found "
+                f"{found!r:.100}"
+            )
+    return adapter
 
 
 def _expert(folder: Path, k: int) -> Path:
@@ -99,41 +151,63 @@ def _hint(folder: Path) -> str:
     return "; this is PEFT's: jpeft_interop.load_peft_xlora(folder, params)" if peft else ""
 
 
-def _described(metadata: dict[str, str], file: Path) -> tuple[XLoRA, tuple[str, ...]]:
-    if metadata.get("format") not in (FORMAT, UNSIGNED):
+def _described(metadata: Mapping[str, str], file: Path) -> tuple[XLoRA, tuple[str, ...]]:
+    if metadata.get("format") not in (FORMAT, APART, UNSIGNED):
         raise AdapterError(f"{file}: expected format {FORMAT!r}, found {metadata.get('format')!r:.100}")
-    found = parse_json_object(metadata.get("spec", "").encode(), f"{file}: the metadata's 'spec'", AdapterError)
-    text = metadata.get("names", "")
-    names = parse_json_object(f'{{"names": {text}}}'.encode(), f"{file}: the metadata's 'names'", AdapterError)["names"]
-    if not is_of(names, list[str]):
-        raise AdapterError(f"{file}: the metadata's 'names': expected a list of strings, found {names!r:.200}")
+    told = f"{file}: the metadata's 'spec'"
+    found = parse_json_object(metadata.get("spec", "").encode(), told, AdapterError, 1, most=MOST_VALUES)
     try:
-        spec = from_json(XLoRA, found, f"{file}: the metadata's 'spec'")
+        spec = from_json(XLoRA, found, told)
     except SpecError as error:
-        raise AdapterError(f"{file}: the metadata is not a spec with names: {error}") from error
-    if len(set(names)) != len(names):
-        raise AdapterError(f"{file}: an expert's name stands there twice: {names}")
+        raise AdapterError(f"{told}: {error!s:.500}") from error
+    names = _list(metadata, "names", file)
+    if not 0 < len(names) <= MOST or len(set(names)) != len(names):
+        raise AdapterError(
+            f"{file}: the metadata's 'names': expected those of 1 to {MOST} experts, each once, found {names!s:.200}"
+        )
+    if metadata["format"] == FORMAT and len(_list(metadata, "experts", file)) != len(names):
+        raise AdapterError(f"{file}: the metadata's 'experts': expected a digest of each of {len(names)}")
     return spec, tuple(names)
 
 
-def _check_tensors(tensors: dict[str, np.ndarray], metadata: dict[str, str], file: Path) -> None:
+def _list(metadata: Mapping[str, str], name: str, file: Path) -> list[str]:
+    """A list of strings in the metadata."""
+    told = f"{file}: the metadata's {name!r}"
+    text = f'{{"{name}": {metadata.get(name, "")}}}'
+    found = parse_json_object(text.encode(), told, AdapterError, 2, most=MOST_VALUES)
+    if set(found) != {name} or not is_of(found[name], list[str]):
+        raise AdapterError(f"{told}: expected a list of strings, found {found.get(name)!r:.200}")
+    return found[name]
+
+
+def _check_tensors(tensors: Tensors, metadata: Mapping[str, str], file: Path) -> None:
     for key, tensor in tensors.items():
-        if not jnp.issubdtype(tensor.dtype, jnp.floating) or not is_finite(tensor):
-            raise AdapterError(f"{file}: {key!r:.100}: expected floats, all of them finite")
+        check_tensor(key, tensor, str(file))
     described = {name: value for name, value in metadata.items() if name != "digest"}
-    if metadata["format"] == FORMAT and digest(tensors, described) != metadata.get("digest"):
+    if metadata["format"] != UNSIGNED and digest(tensors, described) != metadata.get("digest"):
         raise AdapterError(f"{file}: the file has changed since it was written: its digest is another")
 
 
-def _classifier(tensors: dict[str, Any], spec: XLoRA, outputs: tuple[int, ...], file: Path) -> Classifier:
+def _check_count(tensors: Tensors, names: tuple[str, ...], file: Path) -> None:
+    """As many outputs as experts, before any of those is read."""
+    widths = {tensor.shape[-1] for key, tensor in tensors.items() if key.endswith("/kernel") and tensor.ndim > 1}
+    if len(names) not in widths:
+        raise AdapterError(
+            f"{file}: {len(names)} names of experts; the classifier has kernels of {sorted(widths)!s:.100}"
+        )
+
+
+def _classifier(tensors: Tensors, spec: XLoRA, outputs: tuple[int, ...], file: Path) -> Classifier:
     """The layers, with every leaf there, nothing left over, and shapes that follow from each other."""
     leaves = ("kernel", "bias") if spec.bias else ("kernel",)
     if spec.depth > len(tensors):  # of which nothing is made before
         raise AdapterError(f"{file}: the spec has the depth {spec.depth}, and there are {len(tensors)} tensors")
     keys = {f"{i}/{leaf}" for i in range(spec.depth) for leaf in leaves}
     if set(tensors) != keys:
-        raise AdapterError(f"{file}: expected the tensors {sorted(keys)}, found {sorted(tensors)}")
-    classifier = tuple({leaf: tensors[f"{i}/{leaf}"] for leaf in leaves} for i in range(spec.depth))
+        raise AdapterError(f"{file}: expected the tensors {sorted(keys)!s:.500}, found {sorted(tensors)!s:.500}")
+    classifier: Any = tuple({leaf: tensors[f"{i}/{leaf}"] for leaf in leaves} for i in range(spec.depth))
+    if classifier[0]["kernel"].ndim < 2:
+        raise AdapterError(f"{file}: '0/kernel': expected (features, ...), found {classifier[0]['kernel'].shape}")
     fan_in = classifier[0]["kernel"].shape[:1]
     for i, layer in enumerate(classifier):
         out = outputs if i == spec.depth - 1 else (spec.hidden,)

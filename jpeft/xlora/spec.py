@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 from jpeft.errors import SpecError
+from jpeft.spec import LARGEST, SMALLEST
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class XLoRA:
         for name in ("bias", "softmax", "softmax_topk", "layerwise", "train_experts"):
             self._require(isinstance(getattr(self, name), bool), name, "True or False")
         self._require(_number(self.dropout) and 0 <= self.dropout < 1, "dropout", "in [0, 1)")
-        self._require(_number(self.temperature) and self.temperature > 0, "temperature", "greater than 0")
+        self._require(_number(self.temperature) and self.temperature >= SMALLEST, "temperature", "greater than 0")
         self._require(_number(self.global_weight), "global_weight", "a finite number")
         value = self.scaling_pass_value
         self._require(value is None or _number(value), "scaling_pass_value", "a finite number, or None for 1 / K")
@@ -74,4 +74,5 @@ class XLoRA:
 
 
 def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether it is one of float32's."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST

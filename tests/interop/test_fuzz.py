@@ -4,7 +4,7 @@ import pytest
 
 from reliability.fuzz import SLOWEST, fuzz, targets
 
-EXECUTIONS = {"header": 4_000, "config": 4_000, "keys": 1_500, "data": 4_000, "native": 1_500}
+EXECUTIONS = {"header": 4_000, "config": 4_000, "keys": 1_500, "data": 4_000, "native": 1_500, "xlora": 1_500}
 SLACK = 20  # of the time that is promised
 
 

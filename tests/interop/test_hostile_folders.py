@@ -14,8 +14,9 @@ from safetensors.numpy import load_file, save_file
 
 import jpeft
 from jpeft_interop import load_adapters, load_peft, save_adapters, save_peft
+from jpeft_interop.adapter_summary import summarise
 from reliability.hostile import CONFIG, FOLDERS, HARMLESS, WEIGHTS, measured, params, valid
-from reliability.hostile_files import FILES, LOADS
+from reliability.hostile_files import FILES, LOADS, pair, put
 
 SLACK = 20  # of the time that is promised, which `python -m reliability.hostile` measures on a quiet machine
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,6 +47,37 @@ def test_each_hostile_file(tmp_path, name):
     ended, seconds, peak = measured(FILES[name](tmp_path))
     assert ended.startswith("loaded" if name in LOADS else "AdapterError"), ended
     assert len(ended) <= 3_000 and seconds < SLACK and peak < 256
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "told"),
+    [
+        (np.ones((), np.float32), np.ones((2, 1), np.float32), "expected an array of floats, found float32"),
+        (np.ones((2, 1), np.complex64), np.ones((1, 2), np.complex64), "expected an array of floats, found complex64"),
+        (np.ones((2, 1), np.float32), np.ones((1, 3), np.float32), "have no rank in common"),
+        (np.ones((2, 1), np.float32), np.ones((2,), np.float32), "have no rank in common"),
+        (np.ones((2, 3), np.float32), np.ones((0, 2), np.float32), None),
+        (np.ones((5, 2), np.float32), np.full((3, 5), 2, np.float32), None),
+    ],
+)
+def test_a_summary_of_any_factors(tmp_path, a, b, told):
+    pair(tmp_path, "q", 2)
+    put(tmp_path / WEIGHTS, {f"base_model.model.q.lora_{n}.weight": array for n, array in (("A", a), ("B", b))}, {})
+    if told is None:
+        (found,) = summarise(tmp_path).factors
+        s = found.scaling
+        assert found.norm == pytest.approx(s * np.linalg.norm(b @ a)) and found.size == a.size + b.size
+        return
+    with pytest.raises(jpeft.AdapterError, match=told):
+        summarise(tmp_path)
+
+
+def test_adapters_over_a_file(folder, base, tmp_path):
+    (tmp_path / "all").mkdir()
+    (tmp_path / "all" / "one").write_text("notes")
+    with pytest.raises(jpeft.JpeftError, match="holds things that would be lost: one"):
+        save_adapters(tmp_path / "all", {"one": load_peft(folder, base)}, params=base)
+    assert (tmp_path / "all" / "one").read_text() == "notes"
 
 
 def test_links_within_the_folder_and_its_cache(folder, base, tmp_path):

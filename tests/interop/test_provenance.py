@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import jpeft
 from jpeft_interop import load_peft, params_from_torch, save_peft
@@ -51,6 +52,14 @@ def test_a_flipped_bit_anywhere_is_found(folder, name):
             load_peft(folder, params_of(0))
     (folder / name).write_bytes(data)
     load_peft(folder, params_of(0))
+
+
+def test_words_in_a_strangers_metadata_state_nothing(folder):
+    """Only a statement of jpeft's is one."""
+    tensors = load_file(folder / WEIGHTS)
+    save_file(tensors, folder / WEIGHTS, {"format": "pt", "note": "trained with base=llama, digest=none"})
+    load_peft(folder, params_of(0))
+    assert provenance(folder).digest == "unverified"
 
 
 def test_another_base_of_the_same_shapes(folder):
