@@ -37,7 +37,7 @@ from jpeft.xlora.spec import XLoRA
 # the second has no digests of the experts, the third none at all
 FORMAT, APART, UNSIGNED, MAIN = "jpeft-xlora-3", "jpeft-xlora-2", "jpeft-xlora-1", "xlora.safetensors"
 EXPERT = re.compile(r"expert-\d+\.safetensors")
-MOST_VALUES = 1_000  # of the JSON in the metadata
+MOST_VALUES = 1_000  # of the JSON in the metadata; and tensors of a classifier
 Tensors = Mapping[str, np.ndarray]
 Stored = tuple[Tensors, Mapping[str, str]]  # of a file: its tensors and its metadata
 
@@ -92,7 +92,7 @@ def load(folder: str | os.PathLike[str]) -> Mixture:
     folder = Path(folder)
     if not (folder / MAIN).is_file():
         raise AdapterError(f"{folder}: no {MAIN} there; expected a folder that jpeft.xlora.save wrote{_hint(folder)}")
-    main = _stored(adapter_file(folder, MAIN))
+    main = _stored(adapter_file(folder, MAIN), MOST_VALUES)
     _, names = _described(main[1], folder / MAIN)
     require_apart(folder, {name: _expert(folder, k) for k, name in enumerate(names)})
 
@@ -124,8 +124,8 @@ def parse(folder: Path, main: Stored, expert: Callable[[int], Stored]) -> Mixtur
     return Mixture(experts, kept, spec, names)
 
 
-def _stored(file: Path) -> Stored:
-    mapped, entries, metadata = open_safetensors(file, AdapterError, ADAPTER_HEADER_BYTES)
+def _stored(file: Path, most: int | None = None) -> Stored:
+    mapped, entries, metadata = open_safetensors(file, AdapterError, ADAPTER_HEADER_BYTES, most)
     return {key: tensor_at(mapped, entry) for key, entry in entries.items()}, metadata
 
 
