@@ -76,7 +76,8 @@ def collectives(compiled: Compiled | str) -> tuple[Collective, ...]:
 def assert_base_stays(lifted: Compiled | str, plain: Compiled | str, params: Any) -> None:
     """No collective of the lifted program moves anything shaped like a weight of the base that the plain one does not.
 
-    Like a weight: its sizes, in any order, each whole or split along some of the mesh, of one layer or of the stack.
+    Like a weight: its sizes, in any order, each whole or split along some of the mesh, some beside one another joined,
+    of one layer or of the stack.
     What has such sizes by chance counts too; give the example other numbers of rows and another rank than the weights'.
 
     Args:
@@ -133,11 +134,20 @@ def _base_shapes(params: Any, parts: set[int]) -> set[Shape]:
     """The sizes that a weight of two axes or more may have on one device, sorted, those of 1 left out."""
     shapes = {tuple(leaf.shape) for leaf in flatten(params).values() if len(getattr(leaf, "shape", ())) > 1}
     one_layer = {kept for shape in shapes for n in range(2, len(shape)) for kept in itertools.combinations(shape, n)}
+    joined = {one for shape in shapes | one_layer for one in _joined(shape)}
     # Parts laid side by side in memory, which XLA may take for one longer axis, are the last.
     sizes_of = lambda size: {size // n for n in parts if size % n == 0} | {size * n for n in parts}
     split = lambda shape: itertools.product(*map(sizes_of, shape))
-    found = {_sizes(part) for shape in shapes | one_layer for part in split(shape)}
+    found = {_sizes(part) for shape in joined for part in split(shape)}
     return {sizes for sizes in found if len(sizes) > 1}
+
+
+def _joined(shape: Shape) -> set[Shape]:
+    """With axes beside one another taken as one, as a model does that reshapes a kernel before its product."""
+    if len(shape) < 2:
+        return {shape}
+    first, rest = shape[0], _joined(shape[1:])
+    return {(first, *one) for one in rest} | {(first * one[0], *one[1:]) for one in rest}
 
 
 def _sizes(shape: Shape) -> Shape:

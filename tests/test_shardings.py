@@ -197,7 +197,7 @@ def test_a_base_that_moves_is_named():
     plain = PROGRAM.replace("all-gather(", "add(")
     home = NamedSharding(AbstractMesh((2, 2), ("x", "y")), P())
     base = lambda *shape: {"kernel": jax.ShapeDtypeStruct(shape, jnp.float32, sharding=home)}
-    for shape in ((8, 24), (24, 8), (16, 24), (5, 8, 24), (8, 4, 24)):
+    for shape in ((8, 24), (24, 8), (16, 24), (5, 8, 24), (8, 4, 24), (8, 2, 12), (2, 4, 24), (3, 8, 4, 6)):
         with pytest.raises(AssertionError, match=r"all-gather of f32\[1, 8, 24\]"):
             assert_base_stays(PROGRAM, plain, base(*shape))
     for shape in ((9, 24), (8, 120), (192,)):

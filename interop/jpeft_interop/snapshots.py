@@ -109,8 +109,9 @@ class Snapshots:
 
 
 def discard(folder: str | Path) -> None:
-    """Removes the snapshots of a run."""
-    shutil.rmtree(folder, ignore_errors=True)
+    """Removes the snapshots of a run; an OSError where they can't be, since a new run would go on from them."""
+    if Path(folder).exists():
+        shutil.rmtree(folder)
 
 
 def _arrays(state: State) -> dict[str, jax.Array]:
