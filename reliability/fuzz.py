@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import re
 import sys
 import tempfile
 import time
@@ -32,12 +33,12 @@ from benchmarks.tables import publish, table
 from jpeft.digest import digest
 from jpeft.errors import AdapterError, JpeftError
 from jpeft.safetensors_header import ADAPTER_HEADER_BYTES, Entry, parse_header, tensor_at
-from jpeft.save import content_of
 from jpeft.save import parse as parse_native
 from jpeft.strict_json import parse_json_object
 from jpeft.tree import flatten
 from jpeft.xlora import XLoRA
 from jpeft.xlora import init as init_mixture
+from jpeft.xlora.save import Stored
 from jpeft.xlora.save import parse as parse_mixture
 from jpeft_interop import save_peft
 from jpeft_interop.data import DataError
@@ -45,6 +46,7 @@ from jpeft_interop.data.read import parse as parse_data
 from jpeft_interop.data.read import parse_labelled
 from jpeft_interop.layout import default_layout
 from jpeft_interop.load_peft import parse_peft
+from jpeft_interop.load_xlora import PREFIX, parse_classifier
 from jpeft_interop.peft_config import read_config
 from jpeft_interop.provenance import CONFIG_DEPTH
 from jpeft_interop.safetensors_file import Tensors
@@ -167,7 +169,9 @@ def targets() -> dict[str, Target]:
         "keys": Target(read, _change_keys, lambda one: _read_keys(one, flat, layout), AdapterError),
         "data": Target(_data(), _change_data, _read_data, DataError),
         "native": Target(native, _change_native, _read_native, AdapterError),
-        "xlora": Target(_mixtures(base), _change_mixture, _read_mixture, AdapterError),
+        "xlora": Target(
+            [*_mixtures(base, tuple(native[:2])), *_peft_mixtures()], _change_mixture, _read_mixture, AdapterError
+        ),
     }
 
 
@@ -319,48 +323,97 @@ def _change_native(one: Input, draw: Random) -> Input:
 
 
 def _read_native(one: Input) -> Any:
+    return parse_native("f", *_stored(one))
+
+
+def _stored(one: Input) -> Stored:
     """With the digest that it should have, so that what is behind it is met."""
     meta, header, data = one
     entries, _ = parse_header(file := _file(header, data), "f", AdapterError, ADAPTER_HEADER_BYTES)
     tensors = {key: tensor_at(file, Entry(*entry)) for key, entry in entries.items()}
     told = {"format": "jpeft-2", "meta": json.dumps(meta)}
-    return parse_native("f", tensors, told | {"digest": digest(tensors, told)})
+    return tensors, told | {"digest": digest(tensors, told)}
 
 
-def _mixtures(base: Any) -> list[Input]:
-    """Metadata and tensors of a mixture of jpeft's; or the config of one of PEFT's."""
-    experts = {name: jpeft.init(jax.random.key(n), _specs()[n], base) for n, name in enumerate(("a", "b"))}
-    content = [content_of(expert) for expert in experts.values()]
+def _mixtures(base: Any, experts: tuple[Input, ...]) -> list[Input]:
+    """Metadata, with the numbers of experts in place of their digests; a classifier's tensors as lists; the experts."""
+    adapters = {name: jpeft.init(jax.random.key(0), _specs()[n], base) for n, name in enumerate(("a", "b"))}
+    described = {"names": list(adapters), "experts": list(range(len(adapters)))}
+    found = []
+    for spec in (XLoRA(), XLoRA(depth=2, hidden=3, bias=False), XLoRA(layerwise=True, top_k=1), XLoRA(dropout=0.0)):
+        layers = init_mixture(jax.random.key(0), spec, adapters, features=4).classifier
+        values = {f"{i}/{n}": np.asarray(leaf).tolist() for i, layer in enumerate(layers) for n, leaf in layer.items()}
+        found.append((described | {"spec": asdict(spec)}, values, experts))
+    return found
+
+
+def _peft_mixtures() -> list[Input]:
+    """A config, and a classifier's tensors as lists."""
     config = {"peft_type": "XLORA", "hidden_size": 4, "adapters": {"0": "x", "1": "y"}}
-    config |= {theirs: XLoRA().__dict__[ours] for theirs, ours, _ in FIELDS}
-    found: list[Input] = [(config,)]
-    for spec in (XLoRA(), XLoRA(depth=2, hidden=3, bias=False), XLoRA(layerwise=True, top_k=1)):
-        mixture = init_mixture(jax.random.key(0), spec, experts, features=4)
-        tensors = {f"{i}/{n}": np.asarray(leaf) for i, one in enumerate(mixture.classifier) for n, leaf in one.items()}
-        metadata = {"spec": asdict(spec), "names": list(experts), "experts": [told["digest"] for _, told in content]}
-        found.append((metadata, {key: tensor.tolist() for key, tensor in tensors.items()}, content))
+    found = []
+    for spec in (XLoRA(), XLoRA(depth=2, hidden=3, dropout=0.0), XLoRA(depth=2, hidden=3, top_k=1)):
+        values, sizes = {}, [4, *[3] * (spec.depth - 1), 2]
+        for i in range(spec.depth):
+            place = f"{PREFIX}{i * (3 if spec.dropout else 2)}"
+            values[f"{place}.weight"] = np.ones((sizes[i + 1], sizes[i])).tolist()
+            values[f"{place}.bias"] = [0.0] * sizes[i + 1]
+        found.append((config | {theirs: getattr(spec, ours) for theirs, ours, _ in FIELDS}, values))
     return found
 
 
 def _change_mixture(one: Input, draw: Random) -> Input:
-    if len(one) == 1 or draw.random() < 0.7:
-        return (_times(one[0], draw), *one[1:])
-    return one[0], _times(one[1], draw), one[2]
+    described, values, *experts = one
+    kind = draw.random()
+    if kind < 0.5:
+        return _times(described, draw), values, *experts
+    if kind < 0.7:
+        return described, _times(values, draw), *experts
+    if not experts or not isinstance(described, dict) or not described:
+        return _respelt(described, draw), values, *experts
+    if kind < 0.85:
+        name = draw.choice(list(described))
+        return described | {name: _respelt(described[name], draw)}, values, *experts
+    changed = list(experts[0])
+    number = draw.randrange(len(changed))
+    changed[number] = _change_native(changed[number], draw)
+    return described, values, tuple(changed)
+
+
+def _respelt(found: Any, draw: Random) -> bytes:
+    """JSON changed as text: broken, or one of its numbers with as many digits as none has."""
+    text = found if isinstance(found, bytes) else dumped(found, draw)
+    numbers = list(re.finditer(rb"\d+", text))
+    if not numbers or draw.random() < 0.6:
+        return broken(text, draw)
+    begin, end = draw.choice(numbers).span()
+    return text[:begin] + b"1" + b"0" * draw.choice((20, 50, 400, 5_000)) + text[end:]
 
 
 def _read_mixture(one: Input) -> Any:
-    """With the digest that it should have; tensors as lists, for what can be a tensor's value."""
-    if len(one) == 1:
-        text = json.dumps(one[0]).encode("utf-8", "surrogatepass")
-        return read_xlora_config(parse_json_object(text, CONFIG, AdapterError, CONFIG_DEPTH), CONFIG)
-    described, values, content = one
-    metadata = {"format": "jpeft-xlora-3"}
-    if isinstance(described, dict):
-        metadata |= {str(name): json.dumps(value) for name, value in described.items()}
+    """With the digests that it should have; tensors as lists, for what can be a tensor's value."""
+    described, values, *experts = one
     tensors = {str(key): _tensor(value) for key, value in values.items()} if isinstance(values, dict) else {}
-    told = {name: value for name, value in metadata.items() if name != "digest"}
+    if not experts:
+        text = described if isinstance(described, bytes) else json.dumps(described).encode("utf-8", "surrogatepass")
+        config = read_xlora_config(parse_json_object(text, CONFIG, AdapterError, CONFIG_DEPTH), CONFIG)
+        return parse_classifier(Path(WEIGHTS), tensors, config)
+    stored = [_stored(expert) for expert in experts[0]]
+    told = {"format": "jpeft-xlora-3", **_texts(described, [metadata["digest"] for _, metadata in stored])}
     main = tensors, told | {"digest": digest(tensors, told)}
-    return parse_mixture(Path("f"), main, lambda k: content[k % len(content)])
+    return parse_mixture(Path("f"), main, lambda k: stored[k % len(stored)])
+
+
+def _texts(described: Any, digests: list[str]) -> dict[str, str]:
+    """The metadata of a mixture, with a digest for each number of an expert."""
+    if not isinstance(described, dict):
+        return {}
+    numbers = described.get("experts")
+    if isinstance(numbers, list):
+        known = dict(enumerate(digests))
+        stated = [known.get(one, one) if type(one) is int else one for one in numbers]
+        described = described | {"experts": stated}
+    as_text = lambda one: one.decode("utf-8", "replace") if isinstance(one, bytes) else json.dumps(one)
+    return {str(name): as_text(one) for name, one in described.items() if name not in ("format", "digest")}
 
 
 def _tensor(value: Any) -> np.ndarray:

@@ -12,11 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import jpeft
 import zoo
 from agreement import QUICK, perturbed
 from jpeft import xlora
+from jpeft.digest import digest
 from jpeft.xlora import XLoRA
 
 VOCAB, D, FF = 11, 8, 12
@@ -542,6 +544,8 @@ def told(folder, **changed):
     [
         ({}, None),
         ({"spec": '{"temperature": 1' + "0" * 400 + "}"}, r"field 'temperature': expected float"),
+        ({"spec": '{"temperature": 1' + "0" * 5_000 + "}"}, r"'spec': not valid JSON: Exceeds the limit"),
+        ({"spec": '{"hidden": 1' + "0" * 4_000 + "}"}, r"field 'hidden': expected int, found 1000"),
         ({"spec": '{"temperature": 1e-60}'}, r"temperature must be greater than 0"),
         ({"spec": '{"global_weight": 1e60}'}, r"global_weight must be a finite number"),
         ({"spec": '{"top_k": 9}'}, r"a mixture of the top 9 needs at least 9 experts"),
@@ -565,12 +569,96 @@ def test_what_a_strangers_mixture_says(tmp_path, changed, message):
     assert len(str(caught.value)) < 2_000
 
 
-def test_an_expert_that_can_not_be_mixed(tmp_path):
-    told(tmp_path / "a")
-    params = {"q": {"kernel": jnp.ones((4, 4))}}
-    jpeft.save(tmp_path / "a" / "expert-0.safetensors", jpeft.init(jax.random.key(0), jpeft.IA3(), params))
-    with pytest.raises(jpeft.AdapterError, match=r"is a 'ia3' at 'q/kernel'; a mixture takes low-rank experts"):
+@pytest.mark.parametrize("name", ["one", "x" * 1_000_000])
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (jpeft.IA3(), r"is a 'ia3' at 'q/kernel'; a mixture takes low-rank experts"),
+        (jpeft.LoRA(rank=1, modules_to_save=["norm"]), r"replaces 'norm/scale' whole"),
+    ],
+    ids=["ia3", "replacement"],
+)
+def test_an_expert_that_can_not_be_mixed(tmp_path, spec, message, name):
+    told(tmp_path / "a", names=json.dumps([name, "layers", "rest"]))
+    params = {"q": {"kernel": jnp.ones((4, 4))}, "norm": {"scale": jnp.ones(4)}}
+    jpeft.save(tmp_path / "a" / "expert-0.safetensors", jpeft.init(jax.random.key(0), spec, params))
+    with pytest.raises(jpeft.AdapterError, match=message) as caught:
         xlora.load(tmp_path / "a")
+    assert len(str(caught.value)) < 2_000
+
+
+def test_folders_of_earlier_forms(tmp_path):
+    made = mixture()
+    told(tmp_path / "1")
+    assert_equal(xlora.load(tmp_path / "1"), made)
+    told(tmp_path / "2")
+    main = tmp_path / "2" / "xlora.safetensors"
+    tensors = load_file(main)
+    names = {"spec": json.dumps({"hidden": 16}), "names": json.dumps(made.names)}
+    metadata = {"format": "jpeft-xlora-2", **names}  # with a digest of its own, and none of the experts'
+    save_file(tensors, main, metadata | {"digest": digest(tensors, metadata)})
+    assert_equal(xlora.load(tmp_path / "2"), made)
+    save_file(tensors, main, metadata | {"digest": digest(tensors, metadata)[::-1]})
+    with pytest.raises(jpeft.AdapterError, match="has changed since it was written"):
+        xlora.load(tmp_path / "2")
+
+
+def test_the_metadata_is_parsed_as_often_for_many_experts_as_for_two(tmp_path, monkeypatch):
+    calls, module = [], sys.modules["jpeft.xlora.save"]  # a function has that name in the package
+    parse = module.parse_json_object
+    monkeypatch.setattr(module, "parse_json_object", lambda *a, **k: calls.append(1) or parse(*a, **k))
+    counts = []
+    for names in (list(SCALINGS)[:2], list(SCALINGS)):
+        xlora.save(tmp_path / "a", xlora.select(mixture(), names))
+        calls.clear()
+        xlora.load(tmp_path / "a")
+        counts.append(len(calls))
+    assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "message"),
+    [
+        (np.float64, "which JAX would cast to float32 here"),
+        (np.int64, "expected floats, found int64"),
+        (np.bool_, "expected floats, found bool"),
+        (np.complex64, "expected floats, found complex64"),
+    ],
+)
+def test_a_classifier_of_another_dtype(tmp_path, dtype, message):
+    told(tmp_path / "a")
+    main = tmp_path / "a" / "xlora.safetensors"
+    tensors = load_file(main)
+    metadata = {"format": "jpeft-xlora-1", "spec": "{}", "names": '["a", "b", "c"]'}
+    save_file(tensors | {"0/kernel": tensors["0/kernel"].astype(dtype)}, main, metadata)
+    with pytest.raises(jpeft.AdapterError, match=f"'0/kernel'.*{message}"):
+        xlora.load(tmp_path / "a")
+
+
+def test_more_tensors_than_a_classifier_has(tmp_path):
+    told(tmp_path / "a")
+    metadata = {"format": "jpeft-xlora-1", "spec": "{}", "names": '["a", "b", "c"]'}
+    save_file({f"{n}": np.ones(1, np.float32) for n in range(1_001)}, tmp_path / "a" / "xlora.safetensors", metadata)
+    with pytest.raises(jpeft.AdapterError, match="expected at most 1000 tensors, found 1001"):
+        xlora.load(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda made: {"names": ("\ud800", *made.names[1:])}, "'names': expected text, found half of a surrogate pair"),
+        (lambda made: {"names": made.names * 100}, "'names': expected those of 1 to 256 experts"),
+        (lambda made: {"classifier": made.classifier * 501}, "holds at most 1000 tensors; found 1002"),
+    ],
+    ids=["half a letter", "300 experts", "501 layers"],
+)
+def test_what_could_not_be_loaded_is_not_saved(tmp_path, change, message):
+    made = mixture()
+    changed = made.replace(**change(made))
+    changed = changed.replace(experts={name: made.experts["one"] for name in changed.names})
+    with pytest.raises(jpeft.AdapterError, match=message):
+        xlora.save(tmp_path / "a", changed)
+    assert not (tmp_path / "a").exists()
 
 
 def test_paths_with_numbers_of_any_length():

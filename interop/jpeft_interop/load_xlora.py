@@ -71,6 +71,7 @@ def load_peft_xlora(
     config = read_xlora_config(read_config_object(folder), str(folder / CONFIG))
     layers = _classifier(adapter_file(folder, WEIGHTS), config)
     folders = _folders(folder, config.names) if experts is None else dict(experts)
+    _check_count(layers[-1]["bias"].size, len(folders), config, folder / WEIGHTS)
     layout = default_layout(flatten(params)) if layout is None else layout
     loaded = {name: _expert(name, path, params, layout) for name, path in folders.items()}
     try:
@@ -85,10 +86,19 @@ def _classifier(file: Path, config: XLoraConfig) -> list[dict[str, np.ndarray]]:
     """Its layers as torch has them, `weight` (out, in) and `bias`; the last one's outputs are not checked yet."""
     if not file.exists():
         raise AdapterError(f"{file.parent}: no {WEIGHTS} there; it should hold the classifier")
+    tensors, _ = read_safetensors(file, AdapterError, ADAPTER_HEADER_BYTES, 10 * DEEPEST)
+    return parse_classifier(file, tensors, config)
+
+
+def parse_classifier(file: Path, tensors: Mapping[str, np.ndarray], config: XLoraConfig) -> list[dict[str, np.ndarray]]:
+    """The layers that a file's tensors are; `file` names it in errors.
+
+    Raises:
+      AdapterError: they are not those that the config tells of.
+    """
     spec = config.spec
     if spec.depth > DEEPEST:
         raise AdapterError(f"{file.parent / CONFIG}: 'xlora_depth' is {spec.depth!s:.50}; expected at most {DEEPEST}")
-    tensors, _ = read_safetensors(file, AdapterError, ADAPTER_HEADER_BYTES, 10 * DEEPEST)
     between = 3 if spec.dropout > 0 else 2  # torch counts the ReLU and the dropout, too
     wanted = [f"{PREFIX}{i * between}.{leaf}" for i in range(spec.depth) for leaf in ("weight", "bias")]
     if lost := [key for key in wanted if key not in tensors]:
@@ -113,11 +123,20 @@ def _check_layers(layers: list[dict[str, np.ndarray]], config: XLoraConfig, file
         for leaf, shape in (("weight", (fan_out, fan_in)), ("bias", (fan_out,))):
             found = layer[leaf]
             if found.shape != shape:
-                raise AdapterError(f"{file}: {leaf} of dense layer {number}: expected {shape}, found {found.shape}")
+                told = f"expected {shape!s:.100}, found {found.shape}"
+                raise AdapterError(f"{file}: {leaf} of dense layer {number}: {told}")
             check_tensor(f"{leaf} of dense layer {number}", found, file)
         if len({found.dtype for found in layer.values()}) > 1:
             raise AdapterError(f"{file}: weight and bias of dense layer {number}: expected one dtype")
         fan_in = fan_out
+
+
+def _check_count(outputs: int, count: int, config: XLoraConfig, file: Path) -> None:
+    """As many outputs as experts, or as experts for each module, before any of those is read."""
+    fits = outputs % max(count, 1) == 0 if config.spec.layerwise else outputs == count
+    if not fits:
+        each = ", or so many for each module" if config.spec.layerwise else ""
+        raise AdapterError(f"{file}: the classifier has {outputs} outputs; {count} experts need {count}{each}")
 
 
 def _folders(folder: Path, names: tuple[str, ...]) -> dict[str, Path]:
@@ -168,16 +187,12 @@ def _last(
     file: str,
 ) -> Dense:
     """The last layer: outputs (K,), or (layers, K) in the order that layers have here."""
-    ours, theirs = (
-        (_places(experts, layout), _in_order(experts, order, layout)) if config.spec.layerwise else ([], None)
-    )
-    outputs = len(experts) * (1 if theirs is None else len(theirs))
-    if layer["bias"].size != outputs:
-        what = f"{len(experts)} experts" + ("" if theirs is None else f" on {len(theirs)} modules")
-        raise AdapterError(f"{file}: the classifier has {layer['bias'].size} outputs; {what} need {outputs}")
-    if theirs is None:
+    if not config.spec.layerwise:
         return _turned(layer)
-    ours = _places(experts, layout)
+    ours, theirs = _places(experts, layout), _in_order(experts, order, layout)
+    if (found := layer["bias"].size) != (outputs := len(experts) * len(theirs)):
+        what = f"{len(experts)} experts on {len(theirs)} modules"
+        raise AdapterError(f"{file}: the classifier has {found} outputs; {what} need {outputs}")
     source = np.array([theirs.index(module) if module in theirs else -1 for module in ours])
     matrix = np.concatenate([layer["weight"].T, layer["bias"][None]]).reshape(-1, len(theirs), len(experts))
     spread = np.where((source >= 0)[:, None], matrix[:, source], 0)  # nothing acts in a stack's slice without experts
@@ -204,7 +219,7 @@ def _in_order(experts: Mapping[str, Adapter], order: Sequence[str] | None, layou
         )
     found = [name for name in order if name in adapted]
     if len(found) != len(adapted):
-        missing = sorted(adapted - set(found)) or "each of them once"
+        missing = f"{sorted(adapted - set(found)) or 'each of them once'!s:.{LONGEST}}"
         raise AdapterError(f"order: expected every module that an expert adapts, each once; missing: {missing}")
     return found
 

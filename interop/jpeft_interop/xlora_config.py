@@ -51,7 +51,7 @@ def read_xlora_config(found: Mapping[str, Any], file: str) -> XLoraConfig:
     """
     if found.get("peft_type") != "XLORA":
         hint = "; use jpeft_interop.load_peft(folder, params)" if found.get("peft_type") == "LORA" else ""
-        raise AdapterError(f"{file}: 'peft_type': expected 'XLORA', found {found.get('peft_type')!r}{hint}")
+        raise AdapterError(f"{file}: 'peft_type': expected 'XLORA', found {found.get('peft_type')!r:.100}{hint}")
     known = {theirs for theirs, _, _ in FIELDS}
     foreign = set(found) - known - {*ABOUT, *OWN}
     if unknown := sorted(name for name in foreign if not is_inert(found[name])):
@@ -60,7 +60,7 @@ def read_xlora_config(found: Mapping[str, Any], file: str) -> XLoraConfig:
     try:
         spec = XLoRA(**options)
     except SpecError as error:
-        raise AdapterError(f"{file}: {error}") from error
+        raise AdapterError(f"{file}: {error!s:.500}") from error
     adapters = _typed(found, "adapters", (dict,), file)
     return XLoraConfig(spec, _typed(found, "hidden_size", (int,), file), tuple(adapters))
 

@@ -32,7 +32,8 @@ def select(mixture: Mixture, names: Sequence[str]) -> Mixture:
     names = [names] if isinstance(names, str) else list(names)
     for name in names:
         if name not in mixture.experts or names.count(name) > 1:
-            raise SpecError(f"expected some of the experts {list(mixture.names)}, each once; found {name!r}")
+            known = f"{list(mixture.names)!s:.500}"
+            raise SpecError(f"expected some of the experts {known}, each once; found {name!r:.100}")
     experts = {name: mixture.experts[name] for name in names}
     check_experts(mixture.spec, experts)
     return _changed(mixture, experts, jax.random.key(0))  # nothing is new, so nothing that is drawn stays
@@ -46,7 +47,8 @@ def add(mixture: Mixture, name: str, expert: Adapter, key: Array) -> Mixture:
       TypeError: it is no adapter.
     """
     if name in mixture.experts:
-        raise SpecError(f"there is an expert {name!r} already, of {list(mixture.names)}; remove it first: xlora.select")
+        known = f"{list(mixture.names)!s:.500}"
+        raise SpecError(f"there is an expert {name!r:.100} already, of {known}; remove it first: xlora.select")
     experts = {**{known: mixture.experts[known] for known in mixture.names}, name: expert}
     check_experts(mixture.spec, experts)
     return _changed(mixture, experts, key)

@@ -114,7 +114,7 @@ def check_experts(spec: XLoRA, experts: Mapping[str, Adapter]) -> None:
         raise TypeError(f"expected the experts as a mapping, {{name: adapter}}; found {type(experts).__name__}")
     for name, expert in experts.items():
         if not isinstance(name, str) or not isinstance(expert, Adapter):
-            raise TypeError(f"expert {name!r}: expected an adapter under a string; found {type(expert).__name__}")
+            raise TypeError(f"expert {name!r:.100}: expected an adapter under a string; found {type(expert).__name__}")
         _check_expert(name, expert)
     if len(experts) < (least := spec.top_k or 1):
         kind = "a mixture" if spec.top_k is None else f"a mixture of the top {least}"
@@ -125,12 +125,12 @@ def _check_expert(name: str, expert: Adapter) -> None:
     for site in expert.sites:
         if site.method == "replacement":
             raise SpecError(
-                f"expert {name!r} replaces {site.path!r} whole (bias=, modules_to_save=), and that can't differ from "
-                "token to token; make it an expert without, and put such leaves into the params"
+                f"expert {name!r:.100} replaces {site.path!r:.200} whole (bias=, modules_to_save=), and that can't "
+                "differ from token to token; make it an expert without, and put such leaves into the params"
             )
         if site.method not in ROUTABLE:
             raise SpecError(
-                f"expert {name!r} is a {site.method!r} at {site.path!r}; a mixture takes low-rank experts "
+                f"expert {name!r:.100} is a {site.method!r} at {site.path!r:.200}; a mixture takes low-rank experts "
                 f"({', '.join(ROUTABLE)}), whose change of each token can be scaled"
             )
 

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -42,6 +42,14 @@ Tensors = Mapping[str, np.ndarray]
 Stored = tuple[Tensors, Mapping[str, str]]  # of a file: its tensors and its metadata
 
 
+class Described(NamedTuple):
+    """What the metadata says; `digests` are those of the experts, each None in the forms that have none."""
+
+    spec: XLoRA
+    names: tuple[str, ...]
+    digests: tuple[str | None, ...]
+
+
 def save(folder: str | os.PathLike[str], mixture: Mixture) -> None:
     """Writes experts, classifier and spec to a folder, moved into place whole.
 
@@ -52,7 +60,8 @@ def save(folder: str | os.PathLike[str], mixture: Mixture) -> None:
       mixture: any mixture; its arrays are saved in their own dtypes.
 
     Raises:
-      AdapterError: an array is not finite, or of a dtype that the format has no name for.
+      AdapterError: an array is not finite, or of a dtype that the format has no name for; there are more experts or
+        layers than `load` takes, or a name that is no text.
       JpeftError: the folder holds other things.
       OSError: it can't be written; then what was there still is.
     """
@@ -63,11 +72,11 @@ def save(folder: str | os.PathLike[str], mixture: Mixture) -> None:
     for key, tensor in tensors.items():
         if not is_finite(tensor):
             raise AdapterError(f"{key!r} of the classifier holds values that are not finite; nothing was written")
-    if len(mixture.names) > MOST:
-        raise AdapterError(f"a mixture's folder holds at most {MOST} experts; found {len(mixture.names)}")
-
+    if len(tensors) > MOST_VALUES:
+        raise AdapterError(f"a classifier's file holds at most {MOST_VALUES} tensors; found {len(tensors)}")
     experts = [content_of(mixture.experts[name]) for name in mixture.names]
     metadata = _metadata(mixture, [described["digest"] for _, described in experts])
+    _described(metadata, Path(folder) / MAIN)  # nothing is written that would not be read again
     metadata["digest"] = digest(tensors, metadata)
 
     def fill(new: Path) -> None:
@@ -93,7 +102,7 @@ def load(folder: str | os.PathLike[str]) -> Mixture:
     if not (folder / MAIN).is_file():
         raise AdapterError(f"{folder}: no {MAIN} there; expected a folder that jpeft.xlora.save wrote{_hint(folder)}")
     main = _stored(adapter_file(folder, MAIN), MOST_VALUES)
-    _, names = _described(main[1], folder / MAIN)
+    names = _described(main[1], folder / MAIN).names
     require_apart(folder, {name: _expert(folder, k) for k, name in enumerate(names)})
 
     def expert(k: int) -> Stored:
@@ -111,10 +120,10 @@ def parse(folder: Path, main: Stored, expert: Callable[[int], Stored]) -> Mixtur
       AdapterError: they are none.
     """
     (tensors, metadata), file = main, folder / MAIN
-    spec, names = _described(metadata, file)
+    spec, names, digests = _described(metadata, file)
     _check_tensors(tensors, metadata, file)
     _check_count(tensors, names, file)
-    experts = {name: _adapter(folder, k, expert(k), metadata) for k, name in enumerate(names)}
+    experts = {name: _adapter(_expert(folder, k), expert(k), digests[k]) for k, name in enumerate(names)}
     try:
         check_experts(spec, experts)
     except SpecError as error:
@@ -129,16 +138,13 @@ def _stored(file: Path, most: int | None = None) -> Stored:
     return {key: tensor_at(mapped, entry) for key, entry in entries.items()}, metadata
 
 
-def _adapter(folder: Path, k: int, stored: Stored, described: Mapping[str, str]) -> Adapter:
+def _adapter(file: Path, stored: Stored, expected: str | None) -> Adapter:
     tensors, metadata = stored
-    adapter = parse_adapter(str(_expert(folder, k)), tensors, metadata)
-    if described["format"] == FORMAT:
-        expected = _list(described, "experts", folder / MAIN)[k]
-        if (found := metadata.get("digest")) != expected:
-            raise AdapterError(
-                f"{_expert(folder, k)}: it is no expert of this mixture: expected the digest {expected!r:.100}, found "
-                f"{found!r:.100}"
-            )
+    adapter = parse_adapter(str(file), tensors, metadata)
+    if expected is not None and (found := metadata.get("digest")) != expected:
+        raise AdapterError(
+            f"{file}: it is no expert of this mixture: expected the digest {expected!r:.100}, found {found!r:.100}"
+        )
     return adapter
 
 
@@ -151,7 +157,7 @@ def _hint(folder: Path) -> str:
     return "; this is PEFT's: jpeft_interop.load_peft_xlora(folder, params)" if peft else ""
 
 
-def _described(metadata: Mapping[str, str], file: Path) -> tuple[XLoRA, tuple[str, ...]]:
+def _described(metadata: Mapping[str, str], file: Path) -> Described:
     if metadata.get("format") not in (FORMAT, APART, UNSIGNED):
         raise AdapterError(f"{file}: expected format {FORMAT!r}, found {metadata.get('format')!r:.100}")
     told = f"{file}: the metadata's 'spec'"
@@ -165,9 +171,12 @@ def _described(metadata: Mapping[str, str], file: Path) -> tuple[XLoRA, tuple[st
         raise AdapterError(
             f"{file}: the metadata's 'names': expected those of 1 to {MOST} experts, each once, found {names!s:.200}"
         )
-    if metadata["format"] == FORMAT and len(_list(metadata, "experts", file)) != len(names):
+    if metadata["format"] != FORMAT:
+        return Described(spec, tuple(names), (None,) * len(names))
+    digests = _list(metadata, "experts", file)
+    if len(digests) != len(names):
         raise AdapterError(f"{file}: the metadata's 'experts': expected a digest of each of {len(names)}")
-    return spec, tuple(names)
+    return Described(spec, tuple(names), tuple(digests))
 
 
 def _list(metadata: Mapping[str, str], name: str, file: Path) -> list[str]:

@@ -70,7 +70,7 @@ class XLoRA:
 
     def _require(self, fine: bool, name: str, expected: str) -> None:
         if not fine:
-            raise SpecError(f"XLoRA: {name} must be {expected}; found {getattr(self, name)!r}")
+            raise SpecError(f"XLoRA: {name} must be {expected}; found {getattr(self, name)!r:.200}")
 
 
 def _number(value: Any) -> bool:

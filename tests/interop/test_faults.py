@@ -19,12 +19,12 @@ def run(*command):
 
 
 def test_a_fault_at_some_of_the_calls_of_a_save():
-    rows = run("reliability.faults", "--kinds", "native", "peft", "--every", "3")
+    rows = run("reliability.faults", "--kinds", "native", "peft", "xlora", "--every", "3")
     for _, calls, *tried, broken in rows:
         assert int(calls) > 10 and int(broken) == 0
         counts = [[int(n) for n in one.split(",")] for one in tried]
         assert all(old and new and not neither for old, new, neither in counts), rows
-    assert len(rows) == 2
+    assert len(rows) == 3
 
 
 def test_a_kill_at_some_moments_of_a_save():

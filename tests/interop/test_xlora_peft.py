@@ -225,23 +225,77 @@ def edited(folder, **changes):
     ("changes", "told"),
     [
         ({"peft_type": "LORA"}, r"expected 'XLORA', found 'LORA'; use jpeft_interop\.load_peft"),
+        ({"peft_type": "y" * 900_000}, "expected 'XLORA', found 'yyy"),
         ({"mixing": 1}, "options that are not known here: mixing"),
         ({"xlora_depth": "2"}, "'xlora_depth': expected int, found '2'"),
         ({"xlora_depth": 0}, "depth must be an integer >= 1"),
         ({"enable_softmax_topk": True}, "top_k is None"),
+        ({"softmax_temperature": 10**400}, "temperature must be greater than 0; found 1000"),
+        ({"softmax_temperature": 1e-60}, "temperature must be greater than 0; found 1e-60"),
+        ({"global_scaling_weight": 10**4_000}, "global_weight must be a finite number"),
+        ({"hidden_size": 10**4_000}, r"weight of dense layer 0: expected \(3, 1000"),
         ({"hidden_size": 31}, r"weight of dense layer 0: expected \(3, 31\), found \(3, 32\)"),
         ({"hidden_size": ...}, "'hidden_size': expected int, found None"),
         ({"top_k_lora": 4}, "top 4 needs at least 4 experts; found 3"),
         ({"adapters": {"0": "", "1": ""}}, "the classifier has 3 outputs; 2 experts need 2"),
         ({"adapters": {"0": "", "1": "", "2": "", "3": ""}}, "expert '3' is not there"),
+        ({"adapters": {str(k): "" for k in range(257)}}, "'adapters': expected at most 256, found 257"),
+        ({"adapters": {"x" * 900_000: ""}}, "the experts are called 'xxx"),
         ({"layerwise_scalings": True}, "no file tells; give it"),
     ],
+    ids=lambda value: str(value)[:60],
 )
 def test_configs_that_do_not_fit(whole, params, tmp_path, changes, told):
     shutil.copytree(whole, tmp_path / "x")
     edited(tmp_path / "x", **changes)
+    with pytest.raises(jpeft.AdapterError, match=told) as caught:
+        load_peft_xlora(tmp_path / "x", params)
+    assert len(str(caught.value)) < 2_000
+
+
+@pytest.mark.parametrize(
+    ("layerwise", "told"),
+    [
+        (False, "has 3 outputs; 2 experts need 2$"),
+        (True, "has 3 outputs; 2 experts need 2, or so many for each module"),
+    ],
+)
+def test_experts_are_counted_before_they_are_read(whole, params, tmp_path, layerwise, told):
+    shutil.copytree(whole, tmp_path / "x")
+    edited(tmp_path / "x", adapters={"0": "", "1": ""}, layerwise_scalings=layerwise)
+    (tmp_path / "x" / "0" / "adapter_model.safetensors").write_bytes(b"broken")
     with pytest.raises(jpeft.AdapterError, match=told):
         load_peft_xlora(tmp_path / "x", params)
+
+
+def test_experts_that_are_links_to_one(whole, params, tmp_path):
+    folder = tmp_path / "x"
+    shutil.copytree(whole, folder)
+    shutil.rmtree(folder / "1")
+    (folder / "1").symlink_to("0")
+    with pytest.raises(jpeft.AdapterError, match="'1' and '0' are links to one; expected each for itself"):
+        load_peft_xlora(folder, params)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "told"),
+    [
+        (torch.float64, "which JAX would cast to float32 here"),
+        (torch.int64, "expected floats, found int64"),
+        (torch.bool, "expected floats, found bool"),
+        (torch.complex64, "expected floats, found complex64"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("leaf", ["weight", "bias"])
+def test_a_classifier_of_another_dtype(whole, params, tmp_path, leaf, dtype, told):
+    folder = tmp_path / "x"
+    shutil.copytree(whole, folder)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    changed = {key: value.to(dtype) if key.endswith(leaf) else value for key, value in tensors.items()}
+    save_file(changed, folder / "adapter_model.safetensors")
+    with pytest.raises(jpeft.AdapterError, match=f"'{leaf} of dense layer 0'.*{told}"):
+        load_peft_xlora(folder, params)
 
 
 @pytest.fixture(scope="module")
