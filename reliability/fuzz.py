@@ -382,7 +382,7 @@ def _change_mixture(one: Input, draw: Random) -> Input:
 def _respelt(found: Any, draw: Random) -> bytes:
     """JSON changed as text: broken, or one of its numbers with as many digits as none has."""
     text = found if isinstance(found, bytes) else dumped(found, draw)
-    numbers = list(re.finditer(rb"\d+", text))
+    numbers = list(re.finditer(rb"\d+(\.\d+)?", text))
     if not numbers or draw.random() < 0.6:
         return broken(text, draw)
     begin, end = draw.choice(numbers).span()
