@@ -100,6 +100,23 @@ def write_file(path: str | os.PathLike, fill: Callable[[Path], None]) -> None:
             _swap_in(fresh, target)
 
 
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """The same of a text, in UTF-8.
+
+    Example:
+      >>> import tempfile
+      >>> file = Path(tempfile.mkdtemp(), "a.txt")
+      >>> write_text(file, "one")
+      >>> file.read_text()
+      'one'
+    """
+
+    def fill(file: Path) -> None:
+        file.write_text(text, encoding="utf-8")
+
+    write_file(path, fill)
+
+
 def _mode(target: Path, absent: int) -> int:
     try:
         return target.stat().st_mode

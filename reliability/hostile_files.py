@@ -162,6 +162,7 @@ LOADS = (  # there is nothing wrong with those
     "a path of 900 dots",
     "a summary of a rank of 9,000",
     "a summary of a rank of 3 million",
+    "a summary of a rank of 20 million",
     "a summary of a superscript",
 )
 FILES: dict[str, Trial] = {
@@ -186,6 +187,7 @@ FILES: dict[str, Trial] = {
     "boolean factors": one(dtype=np.bool_),
     "a summary of a rank of 9,000": told("q", 9_000),
     "a summary of a rank of 3 million": told("q", 3_000_000),
+    "a summary of a rank of 20 million": told("q", 20_000_000),
     "a summary of a superscript": told("layers.²"),
     "a summary of 5,000 digits": told("layers." + "1" * 5_000),
     "a summary of 500,000 dots": told("." * 500_000),

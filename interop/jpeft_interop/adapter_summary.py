@@ -24,6 +24,7 @@ from jpeft_interop.provenance import Provenance, provenance, read_config_object
 from jpeft_interop.safetensors_file import read_safetensors
 
 DIGITS = 20  # of a number in a name; more are letters
+AT_ONCE = 1 << 22  # entries of an array that are in float64 at one time
 
 
 @dataclass(frozen=True)
@@ -221,12 +222,23 @@ def _plain(name: str, tensor: np.ndarray) -> Plain:
 
 
 def _norm(array: np.ndarray) -> float:
-    return float(np.linalg.norm(array.astype(np.float64).reshape(-1)))
+    flat = array.reshape(1, -1)
+    return float(np.sqrt(_product(flat, flat.T)[0, 0]))
 
 
 def _norm_of_product(scaling: np.ndarray, a: np.ndarray, b: np.ndarray) -> float:
     """‖s A B‖ by ‖A B‖² = tr(Bᵀ Aᵀ A B) = <Aᵀ A, B Bᵀ>: two r x r matrices, where A B is no smaller than those."""
-    a, b = a.astype(np.float64), b.astype(np.float64)
     rank, sides = a.shape[-1], a.shape[-2] * b.shape[-1]
-    inner = np.sum((a @ b) ** 2 if sides < rank**2 else (a.mT @ a) * (b @ b.mT), axis=(-2, -1))
+    squares = _product(a, b) ** 2 if sides < rank**2 else _product(a.mT, a) * _product(b, b.mT)
+    inner = np.sum(squares, axis=(-2, -1))
     return float(np.sqrt(np.maximum(np.sum(scaling.astype(np.float64) ** 2 * inner), 0.0)))
+
+
+def _product(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """x y in float64, some of it at a time: a file in 8 bits would take eight times its size at once."""
+    width = max(1, AT_ONCE * x.shape[-1] // max(1, x.size, y.size))
+    total = np.zeros((*x.shape[:-1], y.shape[-1]))
+    for begin in range(0, x.shape[-1], width):
+        left, right = x[..., begin : begin + width], y[..., begin : begin + width, :]
+        total += left.astype(np.float64) @ right.astype(np.float64)
+    return total

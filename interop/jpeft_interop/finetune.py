@@ -15,7 +15,7 @@ import jax
 from rich.console import Console
 
 import jpeft
-from jpeft.atomic import write_file
+from jpeft.atomic import write_text
 from jpeft.errors import JpeftError
 from jpeft.spec import Spec
 from jpeft_interop import data, processes, train
@@ -332,9 +332,4 @@ def _write(
     plot_loss(out / PLOT, log.losses, held_out, f"{type(adapter.spec).__name__} on {base.folder.name}")
     if examples.labels is not None:
         names = {"id2label": examples.labels.id2label, "label2id": examples.labels.label2id}
-        text = json.dumps(names, indent=2) + "\n"
-        write_file(out / LABELS, lambda new: _put(text, new))
-
-
-def _put(text: str, path: Path) -> None:
-    path.write_text(text, encoding="utf-8")
+        write_text(out / LABELS, json.dumps(names, indent=2) + "\n")

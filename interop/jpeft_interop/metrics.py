@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from jpeft.atomic import write_text
 from jpeft_interop.train import Metrics, Score
 
 STEP, HELD_OUT, RANKS = "training", "held out", "ranks"
@@ -39,8 +40,7 @@ class MetricsLog:
         }
         if not writes:
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(map(_line, kept)), encoding="utf-8")
+        write_text(path, "".join(map(_line, kept)))  # at once: a process killed here loses none of it
 
     def step(self, metrics: Metrics) -> None:
         """Notes the next step."""

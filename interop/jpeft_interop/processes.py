@@ -29,6 +29,7 @@ from jpeft.errors import JpeftError
 HEARTBEAT = 10  # seconds without a sign of life from a process, after which the others end
 STARTING = 300  # seconds that processes may take to find each other
 WAITING = 1800  # seconds that processes wait for the one that writes
+NUMBERS = ("SIZE", "RANK", "LOCAL_SIZE", "LOCAL_RANK")  # of OMPI_COMM_WORLD, as Open MPI tells each process
 
 
 class ProcessesError(JpeftError):
@@ -100,9 +101,7 @@ def _who(
     of_open_mpi_5 = "OMPI_COMM_WORLD_SIZE" in environment and "OMPI_MCA_orte_hnp_uri" not in environment
     if processes is not None or not of_open_mpi_5:
         return found
-    number = {
-        name: int(environment[f"OMPI_COMM_WORLD_{name}"]) for name in ("SIZE", "RANK", "LOCAL_SIZE", "LOCAL_RANK")
-    }
+    number = {name: _number(environment, f"OMPI_COMM_WORLD_{name}") for name in NUMBERS}
     address = coordinator or environment.get("JAX_COORDINATOR_ADDRESS")
     if address is None and number["LOCAL_SIZE"] < number["SIZE"]:
         raise ProcessesError(
@@ -116,6 +115,16 @@ def _who(
         "process_id": number["RANK"],
         "local_device_ids": [number["LOCAL_RANK"]],  # a GPU for each, as JAX has it under Open MPI 4
     }
+
+
+def _number(environment: Mapping[str, str], name: str) -> int:
+    found = environment.get(name)
+    if found is None or not found.isdecimal():
+        raise ProcessesError(
+            f"mpirun sets {name} to a number; found {found!r}: say who the processes are, --coordinator HOST:PORT "
+            "--processes N --process-id I, or --processes 1 for this one alone"
+        )
+    return int(found)
 
 
 def _port_of(job: str) -> int:

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 import jpeft
-from jpeft.atomic import write_file
+from jpeft.atomic import write_text
 from jpeft.spec import Spec
 from jpeft_interop import data, finetune, sweep, train
 from jpeft_interop.base import CLASSIFICATION, TASKS, Base
@@ -260,12 +260,7 @@ def _write(
 
 
 def _write_json(path: Path, value: Any) -> None:
-    text = json.dumps(value, indent=2) + "\n"
-    write_file(path, lambda new: _put(text, new))
-
-
-def _put(text: str, path: Path) -> None:
-    path.write_text(text, encoding="utf-8")
+    write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def _best(outcomes: Sequence[Outcome]) -> str | None:

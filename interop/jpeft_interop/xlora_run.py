@@ -23,7 +23,7 @@ from rich.table import Table
 
 import jpeft
 from jpeft import xlora
-from jpeft.atomic import write_file
+from jpeft.atomic import write_text
 from jpeft.errors import JpeftError
 from jpeft_interop import data, train, xlora_train
 from jpeft_interop.load_model import load_model
@@ -212,11 +212,7 @@ def _write(
         "spec": dataclasses.asdict(made.spec),
         "texts": {name: {"loss": one.loss, "scalings": one.scalings.tolist()} for name, one in after.items()},
     }
-    write_file(out / FIGURES, lambda new: _put(json.dumps(figures), new))
-
-
-def _put(text: str, path: Path) -> None:
-    path.write_text(text, encoding="utf-8")
+    write_text(out / FIGURES, json.dumps(figures))
 
 
 def mean_of(made: xlora.Mixture, scalings: np.ndarray) -> np.ndarray:

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from jpeft_interop.base import load_adapted
 from jpeft_interop.cli import main
 from jpeft_interop.cli.app import app
+from jpeft_interop.metrics import MetricsLog
 from jpeft_interop.snapshots import ResumeError, Snapshots
 from jpeft_interop.tokenizer import load_tokenizer
 from jpeft_interop.torch_check import differences, jax_logits, torch_logits
@@ -117,6 +118,15 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(place, whole, monkeypatch
     result = run(*command)
     assert result.exit_code == 0 and "going on after step 4" in result.output
     assert files(place / "halted") == files(whole)
+
+
+def test_what_a_run_has_noted_is_replaced_at_once(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"kind": "training", "step": n, "loss": 1.0 / n}) + "\n" for n in (1, 2, 3)))
+    with path.open() as old:
+        log = MetricsLog(path, 2)
+        assert len(old.readlines()) == 3  # that file is not written to: one that is killed here has lost nothing
+    assert log.losses == [1.0, 0.5] and len(path.read_text().splitlines()) == 2
 
 
 def test_a_run_with_other_settings_is_refused_or_begun_anew(place, whole):

@@ -68,6 +68,10 @@ def test_open_mpi_5_says_less_than_jax_asks():
         "process_id": 3,
         "local_device_ids": [1],
     }
+    for broken in ({}, {"OMPI_COMM_WORLD_RANK": "first"}):
+        less = {name: value for name, value in environment.items() if not name.endswith("_RANK")} | broken
+        with pytest.raises(ProcessesError, match=r"OMPI_COMM_WORLD_RANK .*--processes N"):
+            _who(less, "first:1234", None, None)
     on_one_host = environment | {"OMPI_COMM_WORLD_LOCAL_SIZE": "4", "PMIX_NAMESPACE": "prterun-a-1@1"}
     assert _who(on_one_host, None, None, None)["coordinator_address"].startswith("127.0.0.1:6")
 

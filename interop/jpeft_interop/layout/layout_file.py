@@ -14,10 +14,9 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any, get_args
 
-from jpeft.atomic import write_file
+from jpeft.atomic import write_text
 from jpeft.errors import WeightsError
 from jpeft.strict_json import read_json_object
 from jpeft_interop.layout.layout import Layout
@@ -35,11 +34,7 @@ Rows = dict[str, dict[str, Any]]
 def save_layout(path: str | os.PathLike[str], layout: Layout) -> None:
     """Writes a layout as JSON, moved into place whole."""
     text = json.dumps({"format": FORMAT, "places": rows(layout)}, indent=1, ensure_ascii=False)
-
-    def fill(file: Path) -> None:
-        file.write_text(text + "\n", encoding="utf-8")
-
-    write_file(path, fill)
+    write_text(path, text + "\n")
 
 
 def load_layout(path: str | os.PathLike[str]) -> Layout:
