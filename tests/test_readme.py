@@ -33,6 +33,19 @@ def test_the_examples_run(tmp_path, monkeypatch):
     assert run(README.read_text(), str(README)) > 0
 
 
+@pytest.mark.parametrize("folder", ["benchmarks", "reliability"])
+def test_each_table_has_its_place(folder):
+    scripts = (README.parent / folder).glob("*.py")
+    names = [
+        name for script in scripts for name in re.findall(r'^ +publish\("([\w-]+)"', script.read_text(), re.MULTILINE)
+    ]
+    text = (README.parent / folder / "README.md").read_text()
+    assert len(names) >= 6
+    assert not [
+        name for name in names if text.count(f"<!-- begin {name} -->") * text.count(f"<!-- end {name} -->") != 1
+    ]
+
+
 def test_every_block_is_found():
     text = README.read_text()
     assert len(blocks(text)) == len(re.findall(r"^\s*```py", text, re.MULTILINE))

@@ -222,8 +222,9 @@ def _plain(name: str, tensor: np.ndarray) -> Plain:
 
 
 def _norm(array: np.ndarray) -> float:
-    flat = array.reshape(1, -1)
-    return float(np.sqrt(_product(flat, flat.T)[0, 0]))
+    flat = array.reshape(-1)
+    parts = (flat[begin : begin + AT_ONCE].astype(np.float64) for begin in range(0, flat.size, AT_ONCE))
+    return float(np.sqrt(sum(part @ part for part in parts)))
 
 
 def _norm_of_product(scaling: np.ndarray, a: np.ndarray, b: np.ndarray) -> float:
