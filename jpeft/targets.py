@@ -178,11 +178,11 @@ def layer_number(module: str, patterns: tuple[str, ...] = ()) -> int | None:
     if not patterns:
         found = re.match(r"(?:^|.*?\.)[^.]*\.(\d+)\.", name)
         return int(found.group(1)) if found else None
-    return next((number for pattern in patterns if (number := _number_after(pattern, name)) is not None), None)
+    return next((number for pattern in patterns if (number := number_after(pattern, name)) is not None), None)
 
 
-def _number_after(pattern: str, name: str) -> int | None:
-    """The number that stands behind the first of the name's parts that the pattern matches."""
+def number_after(pattern: str, name: str) -> int | None:
+    """Find the number that stands behind the first of the name's parts that the pattern matches."""
     begins = _parts_begin(name)
     for begin in begins:
         found = ends(pattern, name, 1 << begin, len(begins))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +22,7 @@ from jpeft.save import check_tensor
 from jpeft.shared import has_values
 from jpeft.site import Site
 from jpeft.spec import Spec
-from jpeft.targets import ALL_LINEAR, is_kept, names_module
+from jpeft.targets import ALL_LINEAR, Targets, is_kept, names_module
 from jpeft.tree import flatten, nearest
 from jpeft_interop.adapter_files import adapter_file
 from jpeft_interop.ia3_keys import as_peft_reads
@@ -31,6 +31,7 @@ from jpeft_interop.layout import Layout, Link, default_layout, find
 from jpeft_interop.lora_keys import Leaves
 from jpeft_interop.peft_config import PeftConfig, read_config
 from jpeft_interop.peft_keys import PREFIX, Keys, Spot, keys_of, spot_of
+from jpeft_interop.peft_resolution import Modules, around, excluded_heads, heads_of, means, wrapped
 from jpeft_interop.provenance import (
     CONFIG,
     WEIGHTS,
@@ -40,7 +41,9 @@ from jpeft_interop.provenance import (
     read_stated,
 )
 from jpeft_interop.safetensors_file import Tensors, read_safetensors
+from jpeft_interop.saved_modules import copied_keys
 from jpeft_interop.target_parameters import is_targeted, stored_names
+from jpeft_interop.without_effect import tell_without_effect
 
 PICKLE = "adapter_model.bin"
 LEAST_RANK = 1024  # that is taken, however small the weight: more than its own sides is no low rank
@@ -103,7 +106,7 @@ def load_peft(
 def parse_peft(
     folder: Path,
     config: Mapping[str, Any],
-    tensors: Tensors,
+    tensors: Mapping[str, np.ndarray],
     metadata: Mapping[str, str],
     flat: Mapping[str, Any],
     layout: Layout,
@@ -112,16 +115,33 @@ def parse_peft(
     blocks: bool = True,
     check_digest: bool = True,
     check_base: bool = True,
+    warn: bool = True,
 ) -> Adapter:
     """`load_peft`, of what is in the files of a folder; `folder` names them in errors.
+
+    Args:
+      folder: as for `load_peft`, and the rest.
+      config: the object of `adapter_config.json`.
+      tensors: those of `adapter_model.safetensors`, or arrays by the same keys.
+      metadata: the file's.
+      flat: the base, by path.
+      layout: where its leaves lie in torch.
+      kernels: as for `load_peft`.
+      blocks: as for `load_peft`.
+      check_digest: as for `load_peft`.
+      check_base: as for `load_peft`.
+      warn: warn of what the config says without effect.
 
     Raises:
       AdapterError: as `load_peft`.
     """
     file = str(folder / WEIGHTS)
-    checked = read_config(config, str(folder / CONFIG))
-    reading = _Reading(file, checked, flat, layout, kernels or layout.kernels, tensors, blocks)
+    checked = read_config(config, str(folder / CONFIG), warn)
+    copies = copied_keys(metadata, file)
+    reading = _Reading(file, checked, flat, layout, kernels or layout.kernels, tensors, blocks, copies)
     try:
+        if warn:
+            tell_without_effect(checked, layout, str(folder / CONFIG))
         check_kinds(file, tensors)
         stated = read_stated(file, metadata)
         reading.check_keys_and_shapes()
@@ -164,12 +184,13 @@ def _read_tensors(folder: Path, most: int) -> tuple[Tensors, dict[str, str]]:
     return read_safetensors(file, AdapterError, ADAPTER_HEADER_BYTES, most)
 
 
-def check_kinds(file: str, tensors: Tensors) -> None:
-    """Raises AdapterError for what is no array of floats, by the header alone."""
-    for key in tensors:
-        shape, dtype = tensors.spec(key)
-        if not jnp.issubdtype(dtype, jnp.floating) or not shape:
-            raise AdapterError(f"{file}: key {key!r:.200}: expected an array of floats, found {dtype} {shape}")
+def check_kinds(file: str, tensors: Mapping[str, np.ndarray]) -> None:
+    """Raise AdapterError for what is no array of floats; no value is looked at."""
+    for key, tensor in tensors.items():
+        if not jnp.issubdtype(tensor.dtype, jnp.floating) or not tensor.shape:
+            raise AdapterError(
+                f"{file}: key {key!r:.200}: expected an array of floats, found {tensor.dtype} {tensor.shape}"
+            )
 
 
 @dataclass(frozen=True)
@@ -183,6 +204,7 @@ class _Reading:
     kernels: Mapping[str, Kernel]
     tensors: Mapping[str, np.ndarray]
     blocks: bool
+    copies: frozenset[str]
 
     @property
     def spec(self) -> Any:
@@ -191,6 +213,12 @@ class _Reading:
     @property
     def keys(self) -> Keys:
         return keys_of(self.spec)
+
+    @cached_property
+    def _where(self) -> Targets:
+        """The targets, as PEFT has them for the task: heads that it trains whole are none of them."""
+        where = self.spec.where
+        return replace(where, saved=(*where.saved, *excluded_heads(self.config.task_type)))
 
     @cached_property
     def _parameters(self) -> list[str]:
@@ -212,9 +240,10 @@ class _Reading:
         try:
             factors, plain = self._sorted()
             for name, key in plain.items():
-                find(self.layout, _torch_name(name, plain), self.file, key)
+                find(self.layout, self._torch_name(name, plain), self.file, key)
             self._by_path(factors)
             self._check_targets(factors)
+            self._check_saved({self._torch_name(name, plain) for name in plain}, factors)
         except AdapterError as error:
             raise AdapterError(f"{error}{self._difference()}") from error
 
@@ -225,7 +254,9 @@ class _Reading:
         expected = {key for module, kernel in self._targeted() for key in self._wanted(Spot(module, kernel))}
         plain = {key: self.keys.split(key, self.file) for key in self.tensors if key.startswith(PREFIX)}
         known = {
-            key for key, (name, leaf) in plain.items() if leaf is None and _torch_name(name, ()) in self.layout.by_key
+            key
+            for key, (name, leaf) in plain.items()
+            if leaf is None and self._torch_name(name, ()) in self.layout.by_key
         }
         missing, unexpected = sorted(expected - self.tensors.keys()), sorted(self.tensors.keys() - expected - known)
         if len(missing) + len(unexpected) < 2:
@@ -240,11 +271,8 @@ class _Reading:
 
     def _targeted(self) -> Iterator[tuple[str, Kernel]]:
         """The modules that the config targets and that have factors in a file."""
-        where = self.spec.where
         for module, kernel in self.layout.modules.items():
-            path = f"{module}/weight".replace(".", "/")
-            meant = names_module(where.targets, module) and is_kept(where, path, kernel)
-            if meant and (self.keys.has_rank_zero or self.spec.rank_of(module) > 0):
+            if means(self._where, module) and (self.keys.has_rank_zero or self.spec.rank_of(module) > 0):
                 yield module, kernel
 
     def adapter(self) -> Adapter:
@@ -263,9 +291,12 @@ class _Reading:
 
     def _spec_here(self, factors: Mapping[str, Leaves]) -> Spec:
         spec: Any = as_peft_reads(self.spec, factors)
-        if not self.config.parameters:
+        where = spec.where
+        here = {m for m, k in self.layout.modules.items() if names_module(where.targets, m) and _is_kept(where, m, k)}
+        if where.targets == ALL_LINEAR or (not self.config.parameters and here == set(factors)):
             return spec
-        # Here a name may mean a module or a parameter: to mean no more than PEFT does, each is named whole.
+        # Here a name may mean a parameter too, and a layer's number may stand at the top of the model: to mean no more
+        # than PEFT does, each is named whole.
         return replace(spec, targets=tuple(sorted(factors)), exclude=(), layers_to_transform=None, layers_pattern=())
 
     def _sorted(self) -> tuple[dict[str, Leaves], dict[str, str]]:
@@ -297,7 +328,7 @@ class _Reading:
 
     def _check_targets(self, factors: Mapping[str, Leaves]) -> None:
         """The config's targets and the file's modules are the same."""
-        where = self.spec.where
+        where = self._where
         if where.targets == ALL_LINEAR:
             return
         for parameter in self._parameters:
@@ -315,6 +346,47 @@ class _Reading:
                 raise AdapterError(
                     f"{self.file}: {module!r} has factors, and is no target in {CONFIG}: {where.targets!r:.300}"
                 )
+
+    def _check_saved(self, there: Collection[str], adapted: Collection[str]) -> None:
+        """The file has every tensor of the modules that PEFT wraps, for the config's names and for the task's."""
+        modules, heads = Modules(tuple(self.layout.by_key)), heads_of(self.config.task_type)
+        tied = self._tied_names if self.config.ties else {}
+        for names, why in (
+            (self.spec.modules_to_save, "'modules_to_save'"),
+            (heads, f"task_type={self.config.task_type!r}"),
+        ):
+            wanted = modules.below(wrapped(names, modules, adapted))
+            missing = sorted(key for key in wanted if key not in there and not self._comes_with(key, tied))
+            if missing:
+                raise AdapterError(
+                    f"{self.file}: {PREFIX + missing[0]!r} is missing: {why} in {CONFIG} trains its module whole, and "
+                    f"PEFT raises KeyError for this file; the file has {nearest(PREFIX + missing[0], self.tensors)}. "
+                    f"If the module was not trained, take it out of {CONFIG}"
+                )
+
+    @cached_property
+    def _tied_names(self) -> Mapping[str, Collection[str]]:
+        """The torch names of each tied weight, by each of them."""
+        found: dict[str, Collection[str]] = {}
+        for links in self.layout.links.values():
+            regions: dict[Any, list[str]] = {}
+            for link in links:
+                regions.setdefault((link.leaf, link.index), []).append(link.key)
+            found |= {key: keys for keys in regions.values() if len(keys) > 1 for key in keys}
+        return found
+
+    def _torch_name(self, name: str, known: Container[str]) -> str:
+        """The param that a key which is no factor is for: one of the base's own names, or PEFT's for one."""
+        return name if name in self.layout.by_key else _torch_name(name, known)
+
+    def _is_original(self, name: str) -> bool:
+        """Whether it is the base's copy of a saved module, which PEFT leaves in the file and never uses."""
+        return ".original_module." in name and name not in self.layout.by_key
+
+    def _comes_with(self, key: str, tied: Mapping[str, Collection[str]]) -> bool:
+        """Whether PEFT makes a tensor out of another: what else a tied head has is dropped."""
+        module = key.rpartition(".")[0]
+        return any(other.rpartition(".")[0] == module for other in tied) and key not in tied
 
     def _by_path(self, factors: Mapping[str, Leaves]) -> dict[str, list[Piece]]:
         """The factors of each weight, matrix by matrix."""
@@ -404,21 +476,24 @@ class _Reading:
         """The params replaced whole: torch name to key. PEFT's names for the same param are folded together."""
         found: dict[str, str] = {}
         for name, key in plain.items():
-            if ".original_module." in name:  # PEFT leaves the base's copy in the file, and never uses it
-                self._check_is_copy(_torch_name(name, plain), key)
+            if self._is_original(name):
+                self._check_is_copy(self._torch_name(name, plain), key)
                 continue
-            kept = _without_wrapper(name, plain)
+            known = name in self.layout.by_key
+            kept = name if known else _without_wrapper(name, plain)
             if kept != name and kept in plain:
                 self._check_same(key, plain[kept])
                 continue
-            module, _, leaf = kept.rpartition(".base_layer.")
+            module, _, leaf = ("", "", "") if known else kept.rpartition(".base_layer.")
             if module and module not in factors and leaf != "weight":
                 raise AdapterError(f"{self.file}: key {key!r} is of a layer that has no factors in the file")
             kept = f"{module}.{leaf}" if module else kept
             if kept in found:
                 self._check_same(key, found[kept])
-            elif self._is_trained(kept):
+            elif self._is_trained(kept) and not self._is_copy(kept, key):
                 found[kept] = key
+            elif kept in self.copies:
+                continue
             else:
                 self._check_is_base(kept, key)
         return found
@@ -428,10 +503,19 @@ class _Reading:
 
         Of `modules_to_save` as PEFT reads it: the end of a module's path, at a dot or not (`norm`, `input_layernorm`).
         """
-        *modules, leaf = name.split(".")
-        paths = [".".join(modules[: i + 1]) for i in range(len(modules))]
-        saved = any(path.endswith(self.spec.modules_to_save) for path in paths)
+        module, _, leaf = name.rpartition(".")
+        names = (*self.spec.modules_to_save, *heads_of(self.config.task_type))
+        tied = self._tied_names.get(name, ()) if self.config.ties else ()
+        owners = (module, *(other.rpartition(".")[0] for other in tied))
+        saved = any(path.endswith(names) for owner in owners for path in around(owner))
         return saved or (leaf == "bias" and self.spec.bias != "none")
+
+    def _is_copy(self, name: str, key: str) -> bool:
+        """Whether the file says that it holds a tensor of the base's own beside those that are trained, and does."""
+        if name not in self.copies or not all(has_values(self.flat[link.path]) for link in self.layout.by_key[name]):
+            return False
+        base, found = self.layout.tensor(name, self.flat), self.tensors[key]
+        return found.dtype == base.dtype and np.array_equal(found, base)
 
     def _check_same(self, key: str, other: str) -> None:
         if not np.array_equal(self.tensors[key], self.tensors[other]):
@@ -476,24 +560,28 @@ class _Reading:
             yield Site(path, "replacement", kernel), {"value": value}, {}
 
     def _check_whole(self, link: Link, plain: Mapping[str, str], key: str) -> None:
-        """Everything that lies in the leaf is there, and it is no other's too."""
+        """Everything that lies in the leaf is there, of a tied one the same under each name, and it is no other's."""
         others = self.layout.links[link.path]
-        tied = any(other.key != link.key and (other.leaf, other.index) == (link.leaf, link.index) for other in others)
-        missing = [other.key for other in others if other.key not in plain]
-        if tied or missing:
+        tied = self._tied_names.get(link.key, ())
+        if missing := [other.key for other in others if other.key not in plain and not _is_tied_bias(other.key, tied)]:
+            part = "one use" if set(missing) & set(tied) else "a part"
             raise AdapterError(
-                f"{self.file}: key {key!r} replaces {'one use' if tied else 'a part'} of {link.path!r}"
-                + ("" if tied else f", without {missing[0]!r}")
-                + "; give params where it is a leaf of its own"
+                f"{self.file}: key {key!r} replaces {part} of {link.path!r}, without {missing[0]!r}; give params where "
+                "it is a leaf of its own"
             )
+        for other in tied:
+            if other in plain:
+                self._check_same(plain[other], key)
 
     def _value(self, path: str, plain: Mapping[str, str], key: str, wanted: tuple[int, ...]) -> np.ndarray:
-        state = {link.key: self.tensors[plain[link.key]] for link in self.layout.links[path]}
-        for link in self.layout.links[path]:
+        links = self.layout.links[path]
+        named = {link.key: self._named(link.key, plain) for link in links}
+        state = {key: self.tensors[plain[name]] for key, name in named.items()}
+        for link in links:
             if (found := state[link.key].shape) != link.torch_shape:
                 raise AdapterError(
-                    f"{self.file}: key {plain[link.key]!r}: expected a tensor for {path!r} of shape {link.torch_shape} "
-                    f"(here {wanted}), found {found}"
+                    f"{self.file}: key {plain[named[link.key]]!r}: expected a tensor for {path!r} of shape "
+                    f"{link.torch_shape} (here {wanted}), found {found}"
                 )
         if len(dtypes := {tensor.dtype.name for tensor in state.values()}) > 1:
             raise AdapterError(
@@ -501,6 +589,10 @@ class _Reading:
                 f"{sorted(dtypes)}: expected one"
             )
         return self.layout.leaf(path, state)
+
+    def _named(self, key: str, plain: Container[str]) -> str:
+        """The name by which the file has a tensor: of a tied bias, any."""
+        return key if key in plain else next(name for name in self._tied_names[key] if name in plain)
 
     def _check_biases(self, found: set[str]) -> None:
         """With `bias` set, every bias that PEFT trains is in the file."""
@@ -515,6 +607,16 @@ class _Reading:
                     f"{self.file}: 'bias' is {self.spec.bias!r} in {CONFIG}, and {PREFIX + key!r} is missing; the file "
                     f"has {nearest(PREFIX + key, self.tensors)}"
                 )
+
+
+def _is_kept(where: Targets, module: str, kernel: Kernel) -> bool:
+    """Whether our own targets keep a torch module."""
+    return is_kept(where, f"{module}/weight".replace(".", "/"), kernel)
+
+
+def _is_tied_bias(key: str, names: Collection[str]) -> bool:
+    """Whether a file need not have a bias under this one of its names: PEFT's bases keep them tied."""
+    return key in names and key.endswith(".bias")
 
 
 def _torch_name(name: str, known: Container[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ from jpeft_interop.peft_types.fields import is_inert
 class PeftConfig:
     """An adapter's config: the spec, and what of the file has no place in it.
 
-    `parameters` are PEFT's `target_parameters`, which are no modules' names.
+    `parameters` are PEFT's `target_parameters`, which are no modules' names; `ties` its `ensure_weight_tying`.
     """
 
     spec: Spec
@@ -25,14 +26,16 @@ class PeftConfig:
     task_type: str | None
     fan_in_fan_out: bool
     parameters: tuple[str, ...] = ()
+    ties: bool = False
 
 
-def read_config(found: Mapping[str, Any], file: str) -> PeftConfig:
+def read_config(found: Mapping[str, Any], file: str, warn: bool = True) -> PeftConfig:
     """The config in an `adapter_config.json`.
 
     Args:
       found: the file's JSON object.
       file: its name, for errors.
+      warn: warn of what the file leaves out and its weights depend on.
 
     Raises:
       AdapterError: a type not known here, a field unknown, malformed, or set to what is not done here.
@@ -57,7 +60,13 @@ def read_config(found: Mapping[str, Any], file: str) -> PeftConfig:
     except SpecError as error:
         raise AdapterError(f"{file}: {error}") from error
     names = tuple(config.get("target_parameters") or ())
-    return PeftConfig(spec, config["base_model_name_or_path"], config["task_type"], config["fan_in_fan_out"], names)
+    missing = [name for name in kind.stated if name not in found]
+    if missing and warn:
+        values = ", ".join(f"{name!r}, which PEFT takes for {kind.defaults[name]!r}" for name in missing)
+        warnings.warn(f"{file} lacks {values}: write it into the file if that is not what was trained", stacklevel=2)
+    ties = bool(config.get("ensure_weight_tying"))
+    base, task, transposed = (config[name] for name in ("base_model_name_or_path", "task_type", "fan_in_fan_out"))
+    return PeftConfig(spec, base, task, transposed, names, ties)
 
 
 def _check_fields(kind: PeftType, config: Mapping[str, Any], file: str) -> None:
@@ -91,4 +100,5 @@ def write_config(config: PeftConfig) -> dict[str, Any]:
             "fan_in_fan_out": config.fan_in_fan_out,
         }
         | ({"target_parameters": list(config.parameters)} if config.parameters else {})
+        | ({"ensure_weight_tying": True} if config.ties else {})
     )

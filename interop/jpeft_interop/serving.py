@@ -49,7 +49,7 @@ def _folded(adapter: Adapter) -> Adapter:
     if spec.bias != "none" or spec.modules_to_save:
         raise AdapterError(f"vLLM takes no weights that are trained whole: {MERGE}")
     trained = {
-        path: {"a": leaves["a"] * _beside(leaves["e"], leaves["a"]), "b": leaves["b"]}
+        path: {"a": _times(np.asarray(leaves["a"]), _beside(np.asarray(leaves["e"]), leaves["a"])), "b": leaves["b"]}
         for path, leaves in adapter.trained.items()
     }
     constant = {path: {"scaling": leaves["scaling"]} for path, leaves in adapter.constant.items()}
@@ -81,8 +81,13 @@ def uniform(matrices: list[Matrix], spec: Any) -> tuple[list[Matrix], Any]:
 
 def _unscaled(matrix: Matrix, rank: int) -> Matrix:
     """Scaling 1, and so many directions."""
-    a, b = matrix.leaves["a"], matrix.leaves["b"]
+    a, b = matrix.leaves["a"], _times(matrix.leaves["b"], np.float32(matrix.scaling))
     more = rank - matrix.rank
-    scaled = (b.astype(np.promote_types(b.dtype, np.float32)) * matrix.scaling).astype(b.dtype)
-    leaves = {"a": np.pad(a, ((0, 0), (0, more))), "b": np.pad(scaled, ((0, more), (0, 0)))}
+    leaves = {"a": np.pad(a, ((0, 0), (0, more))), "b": np.pad(b, ((0, more), (0, 0)))}
     return replace(matrix, leaves=leaves, scaling=1.0)
+
+
+def _times(leaf: np.ndarray, factor: Any) -> np.ndarray:
+    """Multiply, in the leaf's dtype where that holds the product exactly, else in float32: rounded once."""
+    made = leaf.astype(np.promote_types(leaf.dtype, np.float32)) * np.asarray(factor, np.float32)
+    return made.astype(leaf.dtype) if np.array_equal(made.astype(leaf.dtype), made) else made

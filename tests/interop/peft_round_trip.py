@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 
 import jpeft
 from jpeft.tree import flatten
-from jpeft_interop import load_peft, params_from_torch, save_peft
+from jpeft_interop import params_from_torch, save_peft
 from jpeft_interop.models import pure
-from peft_twins import load, save
+from peft_twins import load, loaded_here, logits, save
 from torch_twins import module_of
 
 WEIGHTS = "adapter_model.safetensors"
@@ -53,7 +53,8 @@ def assert_both_ways(
     """The weights and logits of what we load are PEFT's, and PEFT loads what we write of it without a complaint."""
     params, tokens = params_from_torch(module), np.random.default_rng(0).integers(0, 50, (2, 7))
     theirs, ours = save(peft_model, folder / "theirs"), folder / "ours"
-    adapter = load_peft(theirs, params)
+    before, warned_before = load(module, theirs)
+    adapter = loaded_here(theirs, params, warned_before)
     if runs:
         assert_logits(logits_of(module, params, adapter, tokens), peft_model, module, tokens)
     if mergeable:
@@ -62,10 +63,11 @@ def assert_both_ways(
         assert largest_difference(jpeft.merge(params, adapter), merged) <= 1e-5
     save_peft(ours, adapter, params=params, task_type=task_type)
     assert equal_files(theirs, ours)
-    before, warned_before = load(module, theirs)
     after, warned_after = load(module, ours, seed=5)
     state = after.state_dict()
     assert all(torch.equal(tensor, state[key]) for key, tensor in before.state_dict().items())
+    if runs:
+        assert torch.equal(logits(after, tokens), logits(before, tokens))
     assert set(warned_after) <= set(warned_before)
     assert not [text for text in warned_after if "missing" in text.lower() or "unexpected" in text.lower()]
     return adapter

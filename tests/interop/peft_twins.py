@@ -22,6 +22,8 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from jpeft_interop import load_peft
+
 IDS = {"bos_token_id": 1, "eos_token_id": 2}
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 50}
 
@@ -87,6 +89,25 @@ def load(module: Any, folder: Path, seed: int = 99) -> tuple[Any, list[str]]:
         warnings.simplefilter("always")
         loaded = PeftModel.from_pretrained(copy.deepcopy(module), str(folder))
     return loaded.eval(), sorted({str(warning.message) for warning in caught})
+
+
+UNMATCHED = "did not match any targeted module"  # what PEFT says of a pattern without effect
+
+
+def logits(model: Any, tokens: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(torch.as_tensor(tokens)).logits
+
+
+def loaded_here(folder: Path, params: Any, peft_warned: list[str], **options: Any) -> Any:
+    """What we load, which tells of a pattern without effect just where PEFT does."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        adapter = load_peft(folder, params, **options)
+    told = [str(warning.message) for warning in caught]
+    assert any("matches no target" in text for text in told) == any(UNMATCHED in text for text in peft_warned), told
+    assert all("matches no target" in text for text in told), told
+    return adapter
 
 
 FAMILIES: dict[str, tuple[Callable[..., Any], tuple[str, ...], tuple[str, ...], str]] = {

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 import jpeft
 from jpeft.tree import flatten
 from jpeft_interop import load_peft, params_from_torch, save_peft
-from peft_twins import FAMILIES, adapted, base, gpt2, llama, load, random_config, save
+from peft_twins import FAMILIES, adapted, base, gpt2, llama, load, loaded_here, logits, random_config, save
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -36,17 +36,21 @@ def test_forty_configurations_of_peft_load_with_its_weights_and_return_to_it(num
     peft_model = adapted(module, seed=number, **config)
     theirs, ours = save(peft_model, tmp_path / "theirs"), tmp_path / "ours"
 
-    adapter = load_peft(theirs, params)
+    tokens = np.random.default_rng(number).integers(0, 50, (2, 7))
+    live = logits(peft_model, tokens)
+    before, warnings_before = load(module, theirs)
+    adapter = loaded_here(theirs, params, warnings_before)
     merged = params_from_torch(peft_model.merge_and_unload())
     assert largest_difference(params, merged) > 1e-3
     assert largest_difference(jpeft.merge(params, adapter), merged) <= 1e-5
 
     save_peft(ours, adapter, params=params, task_type=config["task_type"])
     assert equal_files(theirs, ours)
-    before, warnings_before = load(module, theirs)
     after, warnings_after = load(module, ours, seed=5)
     state = after.state_dict()
     assert all(torch.equal(tensor, state[key]) for key, tensor in before.state_dict().items())
+    assert torch.equal(logits(after, tokens), logits(before, tokens))
+    assert (logits(after, tokens) - live).abs().max() <= 1e-5
     assert set(warnings_after) <= set(warnings_before)
 
 
@@ -63,9 +67,9 @@ def test_an_adapter_on_one_side_of_a_tied_weight_acts_there_alone(target, tmp_pa
     with torch.no_grad():
         expected = peft_model(torch.tensor(tokens)).logits.numpy()
         plain = module(torch.tensor(tokens)).logits.numpy()
-    logits = jpeft.lift(forward)(jpeft.attach(params, adapter), tokens).logits
+    found = jpeft.lift(forward)(jpeft.attach(params, adapter), tokens).logits
     assert np.abs(expected - plain).max() > 1e-2
-    np.testing.assert_allclose(logits, expected, atol=1e-4)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
     with pytest.raises(jpeft.MergeError, match="lift"):
         jpeft.apply(params, adapter)
     save_peft(tmp_path / "ours", adapter, params=params)

@@ -10,6 +10,7 @@ The file's tensors hold only these. Which ones they were changes nothing any mor
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import jpeft
@@ -80,14 +81,14 @@ def _read(config: Config) -> jpeft.AdaLoRA:
         beta1=config["beta1"],
         beta2=config["beta2"],
         orthogonality=config["orth_reg_weight"],
-        ranks={name.removesuffix(MARK).replace(".", r"\."): sum(kept) for name, kept in pattern.items()},
+        ranks={re.escape(name.removesuffix(MARK)): sum(kept) for name, kept in pattern.items()},
     )
 
 
 def _write(spec: jpeft.AdaLoRA) -> dict[str, Any]:
-    """The ranks of `spec` are by whole names, each dot after a backslash."""
+    """Write the fields; the ranks of `spec` are by whole names, escaped."""
     kept = lambda rank: [True] * rank + [False] * (spec.rank - rank)
-    modules = ((name.replace(r"\.", "."), rank) for name, rank in frozen_mapping(spec.ranks))
+    modules = ((re.sub(r"\\(.)", r"\1", name), rank) for name, rank in frozen_mapping(spec.ranks))
     pattern = {f"{module}{MARK}": kept(rank) for module, rank in modules}
     return lora.shared_of(spec) | {
         "beta1": spec.beta1,
@@ -112,4 +113,5 @@ ADALORA = PeftType(
     _read,
     _write,
     _check,
+    ("lora_alpha",),
 )

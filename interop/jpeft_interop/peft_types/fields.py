@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jpeft.spec import Spec
+from jpeft_interop.peft_resolution import TASKS
 
 LARGEST, MOST = 1e30, 2**53
 MOST_ENDS = 10_000  # names that are the ends of paths at any letter, which are tried one by one
@@ -77,7 +78,10 @@ COMMON: dict[str, Field] = {
         f"a list of at most {MOST_ENDS} strings, or null",
     ),
     "target_modules": NAMES,
-    "task_type": TEXT,
+    "task_type": (
+        lambda value: value is None or (isinstance(value, str) and value in TASKS),
+        f"one of {', '.join(TASKS)}, or null",
+    ),
 }
 
 # Fields that say how an adapter came about and do not change what its saved weights mean.
@@ -97,6 +101,7 @@ class PeftType:
       read: the spec of a config that was checked.
       write: the fields that a spec in torch's names stands for.
       check: `(config, found)`: what is wrong with values that no single field shows, or None.
+      stated: fields without which the weights mean something else, if the default is not what was trained.
     """
 
     name: str
@@ -107,6 +112,7 @@ class PeftType:
     read: Callable[[Config], Spec]
     write: Callable[[Any], dict[str, Any]]
     check: Callable[[Config], str | None] = lambda config: None
+    stated: tuple[str, ...] = ()
 
 
 def listed(value: Any) -> Any:

@@ -73,6 +73,7 @@ DEFAULTS: dict[str, Any] = {
 # The fields that LoRA and AdaLoRA have in common.
 SHARED: dict[str, Field] = COMMON | {
     "bias": (lambda x: x in ("none", "all", "lora_only"), "'none', 'all' or 'lora_only'"),
+    "ensure_weight_tying": BOOL,
     "layers_pattern": MAYBE_NAMES,
     "layers_to_transform": (
         lambda x: x is None or is_count(x) or (isinstance(x, list) and all(map(is_count, x))),
@@ -109,7 +110,6 @@ REFUSED = (
 HISTORY = (
     *COMMON_HISTORY,
     "corda_config",
-    "ensure_weight_tying",
     "eva_config",
     "init_lora_weights",
     "loftq_config",
@@ -181,4 +181,4 @@ def _write(spec: jpeft.LoRA) -> dict[str, Any]:
     }
 
 
-LORA = PeftType("LORA", DEFAULTS, FIELDS, REFUSED, HISTORY, _read, _write, _check)
+LORA = PeftType("LORA", DEFAULTS, FIELDS, REFUSED, HISTORY, _read, _write, _check, ("lora_alpha",))
