@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -25,6 +25,7 @@ from transformers import (
 )
 
 import jpeft
+from jpeft.site import Site
 from jpeft.tree import flatten
 from jpeft_interop import Layout, params_from_torch, params_to_torch
 from jpeft_interop.layout import default_layout
@@ -114,15 +115,25 @@ class Base:
 
     def adapted(self, adapter: jpeft.Adapter) -> np.ndarray:
         """The logits with an adapter: those of the merged weights, in torch."""
+        acting = without(adapter, lambda site: site.method == "lora" and site.rank == 0)  # whose scaling is zero
         try:
-            return self._merged(adapter, self.fresh())
+            return self._merged(acting, self.fresh())
         except jpeft.KernelError:  # it adds a bias where there is none to hold it
-            return self._merged(adapter, with_biases(self.fresh()))
+            return self._merged(acting, with_biases(self.fresh()))
 
     def _merged(self, adapter: jpeft.Adapter, module: Any) -> np.ndarray:
         merged = jpeft.merge(params_from_torch(module), adapter)
         module.load_state_dict(params_to_torch(merged, module))
         return self.logits(module)
+
+
+def without(adapter: jpeft.Adapter, gone: Callable[[Site], bool]) -> jpeft.Adapter:
+    """The adapter without some of its sites."""
+    sites = tuple(site for site in adapter.sites if not gone(site))
+    paths = {site.path for site in sites}
+    left = lambda part: {path: leaves for path, leaves in part.items() if path in paths}
+    meta = replace(adapter.meta, sites=sites)
+    return adapter.replace(trained=left(adapter.trained), constant=left(adapter.constant), meta=meta)
 
 
 def with_biases(module: nn.Module) -> nn.Module:
@@ -139,13 +150,20 @@ def _llama(tied: bool) -> nn.Module:
 
 
 def _gpt2() -> nn.Module:
-    sizes: dict[str, Any] = {"n_embd": 16, "n_layer": 3, "n_head": 4, "vocab_size": VOCABULARY, "n_positions": LENGTH}
-    return GPT2LMHeadModel(GPT2Config(**sizes, **IDS))
+    sizes: dict[str, Any] = {
+        "n_embd": 16,
+        "n_layer": 3,
+        "n_head": 4,
+        "vocab_size": VOCABULARY,
+        "n_positions": LENGTH,
+        **IDS,
+    }
+    return GPT2LMHeadModel(GPT2Config(**sizes))
 
 
 def _bert() -> nn.Module:
-    config = BertConfig(**SIZES, intermediate_size=24, max_position_embeddings=LENGTH, num_labels=5)
-    return BertForSequenceClassification(config)
+    sizes: dict[str, Any] = {**SIZES, "intermediate_size": 24, "max_position_embeddings": LENGTH, "num_labels": 5}
+    return BertForSequenceClassification(BertConfig(**sizes))
 
 
 def _mixtral() -> nn.Module:

@@ -198,7 +198,7 @@ def _ia3(draw: Random, where: dict[str, Any], modules: Sequence[str]) -> jpeft.I
 
 
 def _with_nothing(draw: Random, spec: Any) -> Any:
-    """The spec, now and then with a name that means nothing, as specs have that `load_peft` reads from others' files."""
+    """The spec, now and then with a name that means nothing, as in files that `load_peft` reads."""
     if draw.random() < 0.12 and isinstance(spec, jpeft.LoRA):
         named = "rank_pattern" if draw.random() < 0.5 else "alpha_pattern"
         old, more = getattr(spec, named), ((draw.choice(NOTHING), 4),)

@@ -30,7 +30,7 @@ from benchmarks.tables import publish, table
 from jpeft.targets import matches_pattern, names_weight
 from jpeft.tree import flatten, module_of
 from jpeft_interop import load_peft, save_peft
-from reliability.round_trip_bases import MAKERS, Base, make
+from reliability.round_trip_bases import MAKERS, Base, make, without
 from reliability.round_trip_specs import Trip, drawn, made
 
 TOLERANCE, EFFECT = 1e-5, 1e-3
@@ -107,12 +107,7 @@ def _unlike_itself(base: Base, adapter: jpeft.Adapter, trip: Trip, folder: Path)
 
 def _written(adapter: jpeft.Adapter) -> jpeft.Adapter:
     """Without the weights of rank 0, which PEFT's LoRA does not have."""
-    gone = {site.path for site in adapter.sites if site.method in ("lora", "dora") and site.rank == 0}
-    left = lambda part: {path: leaves for path, leaves in part.items() if path not in gone}
-    sites = tuple(site for site in adapter.sites if site.path not in gone)
-    return adapter.replace(
-        trained=left(adapter.trained), constant=left(adapter.constant), meta=replace(adapter.meta, sites=sites)
-    )
+    return without(adapter, lambda site: site.method in ("lora", "dora") and site.rank == 0)
 
 
 def _other_weights(base: Base, one: jpeft.Adapter, other: jpeft.Adapter) -> Iterator[str]:
