@@ -87,7 +87,7 @@ class Base:
     module: Any
     saved: tuple[str, ...]
     tasks: tuple[str | None, ...] = (None,)
-    other_tasks: tuple[str, ...] = ("FEATURE_EXTRACTION",)
+    other_tasks: tuple[str | None, ...] = (None,)
     numbered: str = "layers"
     tokens: np.ndarray = field(default_factory=lambda: np.random.default_rng(7).permutation(VOCABULARY).reshape(2, -1))
 
