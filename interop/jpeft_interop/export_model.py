@@ -99,8 +99,9 @@ def _base(folder: Folder, layout: Layout) -> dict[str, Stored]:
     if all(key in layout.by_key for key in weights):
         return {key: Stored(key, weights.spec(key).shape) for key in weights}
     stacks = () if folder.family is None else folder.family.stacks
+    own = {name: key for key, name in folder.module_names(layout.by_key).items()}
     return {
-        name: Stored(key, joined.spec(key).shape, () if key in weights else stacks)
+        own.get(name, name): Stored(key, joined.spec(key).shape, () if key in weights else stacks)
         for key, name in folder.names.items()
     }
 

@@ -1,6 +1,7 @@
-"""infer_layout tells an embedding from a linear map by evidence, and PEFT is the judge: the same logits, a real effect."""
+"""infer_layout tells an embedding from a linear map by evidence; PEFT is the judge: the same logits, a real effect."""
 
 import copy
+import json
 
 import jax
 import numpy as np
@@ -11,10 +12,10 @@ import transformers as hf
 import jpeft
 from jpeft.errors import WeightsError
 from jpeft.tree import flatten
-from jpeft_interop import infer_layout, params_from_torch, save_peft
+from jpeft_interop import infer_layout, load_peft, params_from_torch, save_peft
 from jpeft_interop.layout import Layout, default_layout
 from jpeft_interop.torch_table import nest
-from peft_twins import IDS, base, load
+from peft_twins import IDS, adapted, base, load, save
 
 WIDTHS = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, vocab_size=50)
 NEO = dict(hidden_size=16, num_layers=1, num_heads=2, attention_types=[[["global"], 1]], vocab_size=50)
@@ -163,6 +164,17 @@ def test_of_two_names_of_one_leaf_one_is_looked_up():
         kinds({"embed_in.weight": table, "embed_out.weight": table})
 
 
+@pytest.mark.parametrize("config", [{"model_type": "llama", "num_attention_heads": 0}, {"model_type": ["x"]}, {}])
+def test_a_config_that_no_model_is_built_of_tells_nothing(config, tmp_path):
+    module = model("electra")
+    module.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    layout = infer_layout(tree(module, "flax"), tmp_path)
+    assert wrong_kinds(layout, module) == {}
+    with pytest.raises(WeightsError, match="a name alone decides nothing"):
+        infer_layout(tree(module, "turned"), tmp_path)
+
+
 @pytest.mark.parametrize("name", ["gpt2", "neo", "bigcode"])
 def test_the_layout_of_torchs_own_names_keeps_the_order_of_axes(name):
     """GPT-Neo's blocks are called as GPT-2's are, and hold Linear where GPT-2 holds Conv1D."""
@@ -176,3 +188,35 @@ def test_the_layout_of_torchs_own_names_keeps_the_order_of_axes(name):
     assert wrong_kinds(layout, module) == {}
     state = layout.to_torch(params)
     assert all(torch.equal(state[name], parameter) for name, parameter in module.named_parameters())
+
+
+def test_experts_that_torch_keeps_inputs_first(tmp_path):
+    """GPT-OSS's stacked kernels are (experts, in, out), under the names of others' (experts, out, in)."""
+    sizes = dict(hidden_size=16, intermediate_size=12, num_hidden_layers=1, num_local_experts=3, vocab_size=50)
+    heads = dict(num_attention_heads=2, num_key_value_heads=2, head_dim=8)
+    module = base(lambda: hf.GptOssForCausalLM(hf.GptOssConfig(**sizes, **heads)))
+    params = params_from_torch(module)
+    names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    theirs = adapted(module, r=2, lora_alpha=3, target_modules=["q_proj"], target_parameters=names)
+    save(theirs, tmp_path / "theirs")
+    expected = theirs.merge_and_unload().state_dict()
+    own = default_layout(flatten(params))
+    for layout in (own, infer_layout(params, module), infer_layout(params, dict(module.state_dict()))):
+        kinds = {layout.by_key[f"model.layers.0.{name}"][0].kind for name in names}
+        assert kinds == {"experts_io"}
+        merged = jpeft.merge(params, load_peft(tmp_path / "theirs", params, layout=layout))
+        for key, tensor in layout.arrays(merged).items():
+            np.testing.assert_allclose(tensor, expected[key].numpy(), atol=1e-6, err_msg=key)
+
+
+@pytest.mark.parametrize(
+    ("up", "down", "kind"),
+    [
+        ((3, 48, 16), (3, 16, 24), "experts"),
+        ((3, 16, 48), (3, 24, 16), "experts_io"),
+        ((3, 16, 16), (3, 16, 8), "experts"),
+    ],
+)
+def test_experts_without_biases_are_told_by_the_kernel_beside(up, down, kind):
+    shapes = {"experts/gate_up_proj": np.zeros(up), "experts/down_proj": np.zeros(down)}
+    assert {links[0].kind for links in default_layout(shapes).links.values()} == {kind}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -35,6 +35,13 @@ class Folder(NamedTuple):
     twin: torch.nn.Module | None
     family: Family | None
 
+    def module_names(self, keys: Iterable[str]) -> dict[str, str]:
+        """Tell what the modules call each of `keys`, names in files or already the modules'."""
+        keys = list(keys)
+        own = {} if self.twin is None else module_names(self.twin, keys)
+        known = self.family
+        return {key: own.get(key) or (known.module_name(key) if known else key) for key in keys}
+
 
 def open_folder(path: str | os.PathLike[str]) -> Folder:
     """Read the names of a folder's tensors: as transformers has them, or else as the families here do.
@@ -44,13 +51,13 @@ def open_folder(path: str | os.PathLike[str]) -> Folder:
     """
     weights, known, twin = read_weights(path), _family(Path(path)), torch_twin(path)
     joined = weights if known is None else join_stacks(weights, known.stacks)
-    own = {} if twin is None else module_names(twin, joined)
-    names = {key: own.get(key) or (known.module_name(key) if known else key) for key in joined}
+    made = Folder(weights, joined, {}, twin, known)
+    names = made.module_names(joined)
     if len(set(names.values())) < len(names):
         first = next(name for name in names.values() if list(names.values()).count(name) > 1)
         both = [key for key, name in names.items() if name == first]
         raise WeightsError(f"{joined.file(both[0])}: {both[0]!r} and {both[1]!r} are two names of one parameter")
-    return Folder(weights, joined, names, twin, known)
+    return made._replace(names=names)
 
 
 def _family(folder: Path) -> Family | None:

@@ -58,10 +58,12 @@ def open_state(state: Mapping[str, Any] | str | os.PathLike[str] | torch.nn.Modu
 
 
 def _of_folder(folder: Folder, names: Names) -> Opened:
-    kinds = {} if folder.twin is None else parameter_kinds(folder.twin)
+    kinds: Mapping[str, Kind] = {} if folder.twin is None else parameter_kinds(folder.twin)
     if names == "modules":
         return Opened(Renamed(folder.joined, folder.names), kinds)
-    there = {key: kinds[name] for key, name in folder.names.items() if name in kinds and key in folder.weights}
+    there: dict[str, Kind] = {
+        key: kinds[name] for key, name in folder.names.items() if name in kinds and key in folder.weights
+    }
     return Opened(folder.weights, there)
 
 

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     import torch
 
 CONFIG = "config.json"
+# What transformers raises at configs that it can't build a model of.
+BROKEN = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 def torch_twin(folder: str | os.PathLike[str]) -> torch.nn.Module | None:
@@ -36,7 +38,9 @@ def torch_twin(folder: str | os.PathLike[str]) -> torch.nn.Module | None:
             return None
         with torch.device("meta"):
             return model_class(made)
-    except (ImportError, ValueError, TypeError):  # transformers, or what this model needs, is not installed or too old
+    except ImportError:  # transformers, or what this model needs, is not installed
+        return None
+    except BROKEN:  # the config is broken, or of another version: then nothing is known, and nothing guessed
         return None
 
 
