@@ -71,7 +71,7 @@ def kinds_of(
     for piece in pieces:
         of[piece.key].append(piece)
     seen = Evidence(of, tensors, dict(kernels.items()) if kernels is not None else {}, classes)
-    asked = {key: _kind(key, seen) for key in of}
+    asked: dict[str, Kind | None] = {key: _kind(key, seen) for key in of}
     if open_keys := [key for key, kind in asked.items() if kind is None]:
         some = ", ".join(f"{key!r} in {of[key][0].path!r}" for key in open_keys[:SHOWN])
         more = f" and {len(open_keys) - SHOWN} more" if len(open_keys) > SHOWN else ""
@@ -81,8 +81,7 @@ def kinds_of(
             "or give as state the torch module itself, or the whole folder of a model that transformers knows, with "
             "its config.json"
         )
-    found: dict[str, Kind] = {key: kind for key, kind in asked.items() if kind is not None}
-    return found
+    return {key: kind for key, kind in asked.items() if kind is not None}
 
 
 def _kind(key: str, seen: Evidence) -> Kind | None:
