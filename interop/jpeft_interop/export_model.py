@@ -95,15 +95,24 @@ def _base(folder: Folder, layout: Layout) -> dict[str, Stored]:
 
     A layout may have the names in files or those of the modules, where these differ.
     """
-    weights, joined = folder.weights, folder.joined
+    weights = folder.weights
     if all(key in layout.by_key for key in weights):
         return {key: Stored(key, weights.spec(key).shape) for key in weights}
+    found = _by_modules(folder, layout, ask_transformers=False)
+    return found if all(key in layout.by_key for key in found) else _by_modules(folder, layout, ask_transformers=True)
+
+
+def _by_modules(folder: Folder, layout: Layout, *, ask_transformers: bool) -> dict[str, Stored]:
+    """Tell how the files hold each tensor, what the modules call it being the same as of the layout's name."""
     stacks = () if folder.family is None else folder.family.stacks
-    own = {name: key for key, name in folder.module_names(layout.by_key).items()}
-    return {
-        own.get(name, name): Stored(key, joined.spec(key).shape, () if key in weights else stacks)
-        for key, name in folder.names.items()
+    here = folder.module_names(layout.by_key, ask_transformers=ask_transformers)
+    own = {name: key for key, name in here.items()}
+    stored = {
+        key: Stored(key, folder.joined.spec(key).shape, () if key in folder.weights else stacks)
+        for key in folder.joined
     }
+    there = folder.names(ask_transformers=ask_transformers)
+    return {own.get(name, name): stored[key] for key, name in there.items()}
 
 
 def _keys(layout: Layout, base: Mapping[str, Stored]) -> Iterator[str]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from jpeft.errors import WeightsError
 from jpeft.strict_json import read_json_object
@@ -18,46 +20,58 @@ if TYPE_CHECKING:
     import torch
 
 
-class Folder(NamedTuple):
+@dataclass(frozen=True)
+class Folder:
     """A folder's tensors under both of their names.
 
     Attributes:
+      path: the folder's.
       weights: the tensors as the files have them.
       joined: the same, what the modules have as one joined of the parts that the files hold.
-      names: the module's name of each tensor of `joined`.
-      twin: the model without values, where transformers knows it.
       family: what is known here of the model's files.
     """
 
+    path: Path
     weights: Weights
     joined: Weights
-    names: Mapping[str, str]
-    twin: torch.nn.Module | None
     family: Family | None
 
-    def module_names(self, keys: Iterable[str]) -> dict[str, str]:
-        """Tell what the modules call each of `keys`, names in files or already the modules'."""
-        keys = list(keys)
-        own = {} if self.twin is None else module_names(self.twin, keys)
-        known = self.family
-        return {key: own.get(key) or (known.module_name(key) if known else key) for key in keys}
+    @cached_property
+    def twin(self) -> torch.nn.Module | None:
+        """The model without values, where transformers knows it; built when it is first asked for."""
+        return torch_twin(self.path)
+
+    def module_names(self, keys: Iterable[str], *, ask_transformers: bool = True) -> dict[str, str]:
+        """Tell what the modules call each of `keys`, names in files or already the modules'.
+
+        Transformers tells, where it knows the model and is asked, or else what is known here of the family.
+        """
+        keys, known = list(keys), self.family
+        told = {} if not ask_transformers or self.twin is None else module_names(self.twin, keys)
+        return {key: told.get(key) or (known.module_name(key) if known else key) for key in keys}
+
+    def names(self, *, ask_transformers: bool = True) -> dict[str, str]:
+        """Tell the module's name of each tensor of `joined`.
+
+        Raises:
+          WeightsError: two tensors would have one name.
+        """
+        names = self.module_names(self.joined, ask_transformers=ask_transformers)
+        first: dict[str, str] = {}
+        for key, name in names.items():
+            if (other := first.setdefault(name, key)) != key:
+                raise WeightsError(f"{self.joined.file(key)}: {other!r} and {key!r} are two names of one parameter")
+        return names
 
 
 def open_folder(path: str | os.PathLike[str]) -> Folder:
-    """Read the names of a folder's tensors: as transformers has them, or else as the families here do.
+    """Read the header of a folder's tensors, and its config.
 
     Raises:
-      WeightsError: the weights or the config are broken, or two tensors would have one name.
+      WeightsError: the weights or the config are broken.
     """
-    weights, known, twin = read_weights(path), _family(Path(path)), torch_twin(path)
-    joined = weights if known is None else join_stacks(weights, known.stacks)
-    made = Folder(weights, joined, {}, twin, known)
-    names = made.module_names(joined)
-    if len(set(names.values())) < len(names):
-        first = next(name for name in names.values() if list(names.values()).count(name) > 1)
-        both = [key for key, name in names.items() if name == first]
-        raise WeightsError(f"{joined.file(both[0])}: {both[0]!r} and {both[1]!r} are two names of one parameter")
-    return made._replace(names=names)
+    weights, known = read_weights(path), _family(Path(path))
+    return Folder(Path(path), weights, weights if known is None else join_stacks(weights, known.stacks), known)
 
 
 def _family(folder: Path) -> Family | None:

@@ -59,10 +59,11 @@ def open_state(state: Mapping[str, Any] | str | os.PathLike[str] | torch.nn.Modu
 
 def _of_folder(folder: Folder, names: Names) -> Opened:
     kinds: Mapping[str, Kind] = {} if folder.twin is None else parameter_kinds(folder.twin)
+    called = folder.names()
     if names == "modules":
-        return Opened(Renamed(folder.joined, folder.names), kinds)
+        return Opened(Renamed(folder.joined, called), kinds)
     there: dict[str, Kind] = {
-        key: kinds[name] for key, name in folder.names.items() if name in kinds and key in folder.weights
+        key: kinds[name] for key, name in called.items() if name in kinds and key in folder.weights
     }
     return Opened(folder.weights, there)
 
