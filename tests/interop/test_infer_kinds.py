@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
+from safetensors.torch import load_file
 
 import jpeft
 from jpeft.errors import WeightsError
 from jpeft.tree import flatten
-from jpeft_interop import infer_layout, load_peft, params_from_torch, save_peft
+from jpeft_interop import export_model, infer_layout, load_peft, params_from_torch, save_peft
 from jpeft_interop.layout import Layout, default_layout
 from jpeft_interop.torch_table import nest
 from peft_twins import IDS, adapted, base, load, save
@@ -107,6 +108,18 @@ def test_every_kind_is_the_modules_own(given, form, tmp_path):
         module = model(name)
         layout = infer_layout(tree(module, form), state_of(module, given, tmp_path / name), ignore=BUFFERS)
         assert wrong_kinds(layout, module) == {}
+
+
+def test_the_folders_name_of_a_head_is_written_back(tmp_path):
+    """GPT-NeoX's head is `embed_out` in files, `lm_head` in transformers 5's module."""
+    module = model("neox")
+    module.save_pretrained(tmp_path / "base")
+    params = tree(module, "torch's order")
+    layout = infer_layout(params, tmp_path / "base")
+    assert "lm_head.weight" in layout.by_key and "embed_out.weight" not in layout.by_key
+    export_model(tmp_path / "new", params, layout=layout, base=tmp_path / "base")
+    there, here = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "new"))
+    assert here.keys() == there.keys() and all(torch.equal(here[key], there[key]) for key in there)
 
 
 def wrong_kinds(layout: Layout, module) -> dict:
