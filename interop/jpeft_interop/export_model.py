@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,13 +21,14 @@ from jpeft.atomic import write_folder
 from jpeft.errors import WeightsError
 from jpeft.finite import is_finite
 from jpeft.tree import flatten, module_of, nearest
+from jpeft_interop.infer.folder import Folder, open_folder
 from jpeft_interop.layout import Layout
 from jpeft_interop.load_model import CONFIG, hf_folder, read_config
-from jpeft_interop.models.families import FAMILIES, Family
+from jpeft_interop.models.stack import Stack
 from jpeft_interop.save_model import json_of, other_files, with_dtype
-from jpeft_interop.stacks import join_stacks, split_stack
+from jpeft_interop.stacks import split_stack
 from jpeft_interop.torch_table import nest
-from jpeft_interop.weights import LazyArray, is_weights_file, read_weights, write_weights
+from jpeft_interop.weights import LazyArray, is_weights_file, write_weights
 
 Merging = Callable[[str], Mapping[str, Any]]
 
@@ -48,7 +49,7 @@ def export_model(
     Args:
       folder: made if need be; one that holds other things than a model is refused. Appears whole or not at all.
       params: in the layout's form, of any floating dtype, which the config will name.
-      layout: where each leaf lies in torch.
+      layout: where each leaf lies in torch, by the names in the base's files or by those of its modules.
       base: the Hugging Face folder of the same model: its config, generation config, tokenizer and whatever else is no
         weight come along, and the new weights have its names and shapes.
       adapter: to fold in: fp32 maths, one rounding to each leaf's dtype.
@@ -61,44 +62,71 @@ def export_model(
     flat, source = layout.check(params), hf_folder(base)
     if left := [path for path in flat if path not in layout]:
         raise WeightsError(f"the layout has no place for {left[0]!r}; nothing was written")
-    known = _family(read_config(source))
-    keys = list(_keys(layout, _base(source, known)))
+    base_tensors = _base(open_folder(source), layout)
+    keys = list(_keys(layout, base_tensors))
     text = json_of(with_dtype(read_config(source), flat))
     merged = _merging(flat, adapter)
 
     def fill(fresh: Path) -> None:
         (fresh / CONFIG).write_text(text, encoding="utf-8")
-        write_weights(fresh, _tensors(keys, layout, flat, merged, known), max_shard_bytes)
+        write_weights(fresh, _tensors(keys, layout, flat, merged, base_tensors), max_shard_bytes)
         for file in other_files(source):
             shutil.copyfile(file, fresh / file.name)
 
     write_folder(folder, fill, replaceable=is_weights_file)
 
 
-def _family(config: Mapping[str, Any]) -> Family | None:
-    """What is known of the model's files; None where nothing is: then they have the modules' names."""
-    return next((one for one in FAMILIES if one.model_type == config.get("model_type")), None)
+class Stored(NamedTuple):
+    """How the base's files hold one tensor.
+
+    Attributes:
+      name: what they call it.
+      shape: the tensor's.
+      stacks: those that it may be a stack of; none where the files hold it whole.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    stacks: tuple[Stack, ...] = ()
 
 
-def _base(folder: Path, known: Family | None) -> dict[str, tuple[int, ...]]:
-    """The shapes of the base's tensors by the names that its modules have."""
-    weights = read_weights(folder)
-    if known is None:
-        return {key: weights.spec(key).shape for key in weights}
-    joined = join_stacks(weights, known.stacks)
-    return {known.module_name(key): joined.spec(key).shape for key in joined}
+def _base(folder: Folder, layout: Layout) -> dict[str, Stored]:
+    """Tell how the base's files hold each tensor, by the name that the layout has for it.
+
+    A layout may have the names in files or those of the modules, where these differ.
+    """
+    weights = folder.weights
+    if all(key in layout.by_key for key in weights):
+        return {key: Stored(key, weights.spec(key).shape) for key in weights}
+    found = _by_modules(folder, layout, ask_transformers=False)
+    return found if all(key in layout.by_key for key in found) else _by_modules(folder, layout, ask_transformers=True)
 
 
-def _keys(layout: Layout, base: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
+def _by_modules(folder: Folder, layout: Layout, *, ask_transformers: bool) -> dict[str, Stored]:
+    """Tell how the files hold each tensor, what the modules call it being the same as of the layout's name."""
+    stacks = () if folder.family is None else folder.family.stacks
+    here = folder.module_names(layout.by_key, ask_transformers=ask_transformers)
+    own = {name: key for key, name in here.items()}
+    stored = {
+        key: Stored(key, folder.joined.spec(key).shape, () if key in folder.weights else stacks)
+        for key in folder.joined
+    }
+    there = folder.names(ask_transformers=ask_transformers)
+    return {own.get(name, name): stored[key] for key, name in there.items()}
+
+
+def _keys(layout: Layout, base: Mapping[str, Stored]) -> Iterator[str]:
     """The tensors to write, leaf by leaf: of a tie, the names that the base's folder has."""
-    for key in base:
+    for key, stored in base.items():
         if key not in layout.by_key:
+            called = "" if stored.name == key else f" ({stored.name!r} in its files)"
             raise WeightsError(
-                f"the base has {key!r}, which lies in no leaf; the nearest known are {nearest(key, layout.by_key)}"
+                f"the base has {key!r}{called}, which lies in no leaf; the nearest known are "
+                f"{nearest(key, layout.by_key)}"
             )
     for key, links in layout.by_key.items():
         if key in base:
-            if (found := base[key]) != links[0].torch_shape:
+            if (found := base[key].shape) != links[0].torch_shape:
                 raise WeightsError(f"{key!r}: the base has shape {found}, the layout makes {links[0].torch_shape}")
             yield key
         elif not any(other in base for other in _tied(layout, key)):
@@ -136,7 +164,7 @@ def _part(adapter: Adapter, leaves: Mapping[str, Any]) -> Adapter | None:
 
 
 def _tensors(
-    keys: list[str], layout: Layout, flat: Mapping[str, Any], merged: Merging, known: Family | None
+    keys: list[str], layout: Layout, flat: Mapping[str, Any], merged: Merging, base: Mapping[str, Stored]
 ) -> Iterator[tuple[str, LazyArray]]:
     @lru_cache(2)  # the parts of a layer's two stacks are asked for one by one
     def made(key: str) -> np.ndarray:
@@ -144,13 +172,12 @@ def _tensors(
 
     for key in keys:
         first = layout.by_key[key][0]
-        shape, dtype = first.torch_shape, np.dtype(flat[first.path].dtype)
-        name = key if known is None else known.file_name(key)
-        parts = [] if known is None else split_stack(name, shape, known.stacks)
+        shape, dtype, stored = first.torch_shape, np.dtype(flat[first.path].dtype), base[key]
+        parts = split_stack(stored.name, shape, stored.stacks)
         for part, part_shape, piece in parts:
             yield part, LazyArray(part_shape, dtype, lambda key=key, piece=piece: made(key)[piece])
         if not parts:
-            yield name, LazyArray(shape, dtype, partial(_made, key, layout, merged))
+            yield stored.name, LazyArray(shape, dtype, partial(_made, key, layout, merged))
 
 
 def _made(key: str, layout: Layout, merged: Merging) -> np.ndarray:

@@ -116,6 +116,14 @@ def torch_table(module: torch.nn.Module) -> dict[str, TorchKey]:
     return make_table([TorchKey(first, kinds[identity], tuple(ties)) for identity, (first, *ties) in names.items()])
 
 
+def parameter_kinds(module: torch.nn.Module) -> dict[str, Kind]:
+    """Tell by its module's type what kind of weight each parameter is, under every name that it has.
+
+    A tied parameter may be of another kind under each: an embedding, and the weight of a linear head.
+    """
+    return {name: _kind(owner, parameter, name) for name, owner, parameter in _owned(module)}
+
+
 def refuse_peft(module: torch.nn.Module) -> None:
     """Refuse a PeftModel, or a module that PEFT has put its layers into: its weights are not a base model's.
 

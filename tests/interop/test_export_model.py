@@ -105,3 +105,47 @@ def test_experts_are_written_in_the_parts_that_files_hold(tmp_path):
     export_model(tmp_path / "new", params, layout=layout, base=tmp_path / "base")
     first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "new"))
     assert first.keys() == second.keys() and all(np.array_equal(first[key], second[key]) for key in first)
+
+
+def test_clips_scale_of_one_value_survives(tmp_path):
+    from transformers import CLIPConfig, CLIPModel
+
+    from jpeft.tree import flatten
+    from jpeft_interop import infer_layout, params_from_torch, params_to_torch
+    from jpeft_interop.layout import default_layout
+
+    tower = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, projection_dim=8)
+    text, vision = tower | {"vocab_size": 31, "eos_token_id": 30}, tower | {"image_size": 8, "patch_size": 4}
+    module = base(lambda: CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)))
+    module.save_pretrained(tmp_path / "base")
+    scale, params = module.logit_scale.item(), params_from_torch(module)
+    assert scale != 0 and params["logit_scale"].item() == scale
+    assert params_to_torch(params, module)["logit_scale"].item() == scale
+    ignored = ["*position_ids"]
+    for layout in (default_layout(flatten(params)), infer_layout(params, tmp_path / "base", ignore=ignored)):
+        state = layout.to_torch(params)
+        assert state["logit_scale"].item() == scale
+        assert layout.from_torch(state)["logit_scale"].item() == scale
+        export_model(tmp_path / "new", params, layout=layout, base=tmp_path / "base")
+        assert CLIPModel.from_pretrained(tmp_path / "new").logit_scale.item() == scale
+
+
+@pytest.mark.parametrize("names", ["modules", "files"])
+def test_a_layout_by_either_names_of_experts(names, tmp_path):
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    from jpeft_interop import infer_layout, params_from_torch
+
+    sizes = dict(vocab_size=31, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_local_experts=3)
+    module = base(lambda: MixtralForCausalLM(MixtralConfig(**sizes, num_attention_heads=2, num_key_value_heads=2)))
+    module.save_pretrained(tmp_path / "base")
+    params = params_from_torch(module)
+    layout = infer_layout(params, tmp_path / "base", names=names)
+    kinds = {key.rpartition("layers.0.")[2]: links[0].kind for key, links in layout.by_key.items()}
+    if names == "modules":
+        assert kinds["mlp.experts.gate_up_proj"] == "experts" and kinds["mlp.gate.weight"] == "matrix"
+    else:
+        assert kinds["block_sparse_moe.experts.2.w3.weight"] == "linear"
+    export_model(tmp_path / "new", params, layout=layout, base=tmp_path / "base")
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "new"))
+    assert first.keys() == second.keys() and all(np.array_equal(first[key], second[key]) for key in first)

@@ -1,11 +1,12 @@
 """Layouts: the notation, both directions of a conversion, and what is refused."""
 
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
 from jpeft.errors import WeightsError
-from jpeft_interop import Layout, Place, load_layout, save_layout
+from jpeft_interop import Layout, Place, infer_layout, load_layout, save_layout
 from jpeft_interop.layout.axes import parse, solve
 from jpeft_interop.models.building import build
 from jpeft_interop.models.pure import pure
@@ -90,6 +91,40 @@ def test_torch_tensors_both_ways_and_dtypes():
     assert state["up.weight"].dtype == torch.bfloat16 and state["up.weight"].shape == (6, 4)
     assert layout.from_torch(state)["up"].dtype == jnp.bfloat16
     assert np.array_equal(layout.from_torch(state)["up"], params["up"])
+
+
+SCALARS = {
+    "one": (2.5, {"logit_scale": ""}, "", ["logit_scale"]),
+    "stacked here": ([1.5, -2.5, 3.5], {"layers.{l}.scale": ""}, "l", [f"layers.{i}.scale" for i in range(3)]),
+    "of one axis in torch": (2.5, {"logit_scale": "1"}, "", ["logit_scale"]),
+    "of one axis here": ([2.5], {"logit_scale": ""}, "1", ["logit_scale"]),
+}
+
+
+@pytest.mark.parametrize("row", SCALARS)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("terms", [{}, {"scale": 2.0}, {"offset": 1.0}])
+def test_a_leaf_or_a_tensor_without_axes_keeps_its_value(row, dtype, terms):
+    values, torch, axes, keys = SCALARS[row]
+    leaf = np.asarray(values, dtype)
+    layout = Layout.of({"scale": leaf}, {"scale": Place.of(axes, torch, **terms)})
+    state = layout.to_torch({"scale": leaf})
+    expected = (leaf.astype(np.float32) - terms.get("offset", 0.0)) / terms.get("scale", 1.0)
+    assert [float(state[key]) for key in keys] == expected.reshape(-1).tolist()
+    back = np.asarray(layout.from_torch(state)["scale"])
+    assert back.dtype == leaf.dtype and back.shape == leaf.shape and np.array_equal(back, leaf)
+
+
+@pytest.mark.parametrize("row", SCALARS)
+def test_the_layout_of_a_leaf_without_axes_is_inferred_and_kept(row, tmp_path):
+    values, torch, axes, _ = SCALARS[row]
+    params = {"scale": np.asarray(values, np.float32), "up": array((3, 4))}
+    places = {"scale": Place.of(axes, torch), "up": Place.of("i o", {"up.weight": "o i"})}
+    state = Layout.of(params, places).arrays(params)
+    layout = infer_layout(params, state)
+    save_layout(tmp_path / "layout.json", layout)
+    again = load_layout(tmp_path / "layout.json").arrays(params)
+    assert again.keys() == state.keys() and all(np.array_equal(again[key], state[key]) for key in state)
 
 
 def test_a_tie_is_stored_once_or_equal():

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.numpy import load_file, save_file
 
 import jpeft
 from jpeft.errors import WeightsError
 from jpeft.tree import flatten
-from jpeft_interop import load_peft, save_peft
+from jpeft_interop import export_model, infer_layout, load_peft, save_peft
 from jpeft_interop.ready import ready_layout, ready_names
 from peft_twins import adapted, base, load, save
 
@@ -319,6 +320,65 @@ def test_no_layers_left_over():
 def test_the_names_in_files_of_vit():
     layout = ready_layout("transformers4/vit_files", shapes_of("transformers4/vit"))
     assert layout.by_key.keys() >= {"vit.encoder.layer.4.attention.attention.query.weight", "vit.layernorm.bias"}
+
+
+def same_files(one: Path, other: Path) -> bool:
+    left, right = (load_file(folder / "model.safetensors") for folder in (one, other))
+    return left.keys() == right.keys() and all(np.array_equal(left[key], right[key]) for key in left)
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name.startswith("transformers4/")])
+def test_what_transformers_saved_is_written_back(family, tmp_path):
+    """By the ready layout, and by the one found in the folder: the files may have other names than the modules."""
+    module = torch_model(family)
+    module.save_pretrained(tmp_path / "base")
+    ready_one = layout_of(family)
+    params = ready_one.from_torch(module.state_dict())
+    found = infer_layout(params, tmp_path / "base")
+    assert found.by_key.keys() <= ready_one.by_key.keys()
+    assert {key: links[0].kind for key, links in found.by_key.items()} == {
+        key: links[0].kind for key, links in ready_one.by_key.items() if key in found.by_key
+    }
+    for name, layout in {"ready": ready_one, "found": found}.items():
+        export_model(tmp_path / name, params, layout=layout, base=tmp_path / "base")
+        assert same_files(tmp_path / name, tmp_path / "base")
+
+
+@pytest.mark.parametrize("base_has", ["files", "modules"])
+@pytest.mark.parametrize("layout_has", ["files", "modules", "vit", "vit_files"])
+def test_either_names_of_vit_are_taken_and_the_folders_are_written(base_has, layout_has, tmp_path):
+    module = torch_model("transformers4/vit")
+    module.save_pretrained(tmp_path / "base")
+    if base_has == "modules":
+        save_file(arrays_of(module), tmp_path / "base" / "model.safetensors", {"format": "pt"})
+    params = layout_of("transformers4/vit").from_torch(module.state_dict())
+    if layout_has.startswith("vit"):
+        layout = ready_layout(f"transformers4/{layout_has}", params)
+    else:
+        layout = infer_layout(params, tmp_path / "base", names=layout_has)
+        assert ("vit.encoder.layer.0.output.dense.bias" in layout.by_key) is (layout_has == base_has == "files")
+    export_model(tmp_path / "new", params, layout=layout, base=tmp_path / "base")
+    assert same_files(tmp_path / "new", tmp_path / "base")
+    again, info = type(module).from_pretrained(tmp_path / "new", output_loading_info=True)
+    assert not any(info.values())
+    assert all(np.array_equal(tensor, arrays_of(module)[key]) for key, tensor in arrays_of(again).items())
+
+
+def test_an_adapter_by_vits_folder_is_pefts_too(tmp_path):
+    """PEFT looks for modules, which transformers 5 calls otherwise than the files do."""
+    module = torch_model("transformers4/vit")
+    module.save_pretrained(tmp_path / "base")
+    params = layout_of("transformers4/vit").from_torch(module.state_dict())
+    layout = infer_layout(params, tmp_path / "base")
+    spec = jpeft.LoRA(rank=2, targets=["query", "classifier"])
+    adapter = jpeft.init(jax.random.key(0), spec, params, layout=layout)
+    adapter = adapter.replace(trained=jax.tree.map(lambda leaf: leaf + 0.05, adapter.trained))
+    save_peft(tmp_path / "adapter", adapter, params=params, layout=layout)
+    merged = arrays_of(load(module, tmp_path / "adapter")[0].merge_and_unload())
+    expected = layout.arrays(jpeft.merge(params, adapter))
+    assert largest(merged, expected) < 1e-6
+    key = "vit.layers.4.attention.q_proj.weight"
+    assert np.abs(merged[key] - arrays_of(module)[key]).max() > 1e-3
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 from jpeft.errors import WeightsError
 from jpeft_interop.infer.digits import AxisDigit
-from jpeft_interop.infer.kinds import kind_of_piece
 from jpeft_interop.infer.names import NUMBER
 from jpeft_interop.infer.naming import Naming
 from jpeft_interop.infer.piece import Piece
@@ -190,11 +189,6 @@ def held(found: Sequence[Strand]) -> int:
         for strand in found
     }
     return sum(regions.values())
-
-
-def kinds_of(pieces: Sequence[Piece], kernels) -> dict[str, Kind]:
-    """The kinds of the tensors, by key."""
-    return {piece.key: kind_of_piece(piece, kernels) for piece in pieces}
 
 
 def is_covered(leaf: Seen, pieces: Sequence[Piece]) -> bool:

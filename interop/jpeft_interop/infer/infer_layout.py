@@ -7,29 +7,35 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from jpeft.errors import WeightsError
 from jpeft.kernel import Kernels
 from jpeft.tree import flatten, nearest
-from jpeft_interop.infer.compose import compose, is_covered, kinds_of
+from jpeft_interop.infer.compose import compose, is_covered
+from jpeft_interop.infer.kinds import kinds_of
+from jpeft_interop.infer.opened import Names, Opened, open_state
 from jpeft_interop.infer.piece import Piece
 from jpeft_interop.infer.proof import all_wrong
 from jpeft_interop.infer.search import Found, find_pieces
-from jpeft_interop.infer.seen import Seen, open_state, seen_leaves, seen_tensors
+from jpeft_interop.infer.seen import Seen, seen_leaves, seen_tensors
 from jpeft_interop.infer.watched import watched
 from jpeft_interop.layout.layout import Layout
+
+if TYPE_CHECKING:
+    import torch
 
 SHOWN = 6
 
 
 def infer_layout(
     params: Any,
-    state: Mapping[str, Any] | str | os.PathLike[str],
+    state: Mapping[str, Any] | str | os.PathLike[str] | torch.nn.Module,
     *,
     kernels: Kernels | None = None,
+    names: Names = "modules",
     ignore: Iterable[str] = (),
     tolerance: float | None = None,
     progress: bool = True,
@@ -43,8 +49,12 @@ def infer_layout(
 
     Args:
       params: a tree of arrays; mapped ones are read a piece at a time.
-      state: torch tensors or arrays by torch's names; or a folder or a file of safetensors, mapped into memory.
-      kernels: the weights' geometry (`jpeft.kernels`), to tell what each tensor is to its module; by names without.
+      state: torch tensors or arrays by torch's names; the torch module itself; or a folder or a file of safetensors,
+        mapped into memory. A module, or a folder whose model transformers knows, also tells what each tensor is to it.
+      kernels: the weights' geometry (`jpeft.kernels`), which tells the same.
+      names: of a folder's tensors, those that the model's modules have for them, which adapters are saved under
+        (transformers 5's), or those in the files, where the two differ (ViT, GPT-NeoX's head, experts). `export_model`
+        takes either and writes the files'.
       ignore: patterns (`*` stands for any text) of leaves and of tensors that have no counterpart.
       tolerance: how far a tensor's values may be apart in the end, as a share of its largest. Places are found by lines
         that are equal, so that most values must be.
@@ -52,7 +62,8 @@ def infer_layout(
 
     Raises:
       WeightsError: a leaf or a tensor has no counterpart and is not ignored; it has one but for some values; equal
-        ones can't be told apart; or the notation of layouts can't say how they lie. Names all of them.
+        ones can't be told apart; the notation of layouts can't say how they lie; or nothing tells whether one is an
+        embedding. Names all of them.
 
     Example:
       >>> kernel = np.arange(6.0).reshape(2, 3)
@@ -60,18 +71,18 @@ def infer_layout(
       >>> layout["up/kernel"].axes, layout["up/kernel"].torch[0].axes
       ('d o', 'o d')
     """
-    ignore, opened = tuple(ignore), open_state(state)
+    ignore, opened = tuple(ignore), open_state(state, names)
     flat = {path: leaf for path, leaf in flatten(params).items() if not _matches(path, ignore)}
     leaves = seen_leaves(flat)
-    every = seen_tensors(opened)
+    every = seen_tensors(opened.tensors)
     tensors = {key: t for key, t in every.items() if t.is_float and not _matches(key, ignore)}
     total = sum(leaf.size for leaf in leaves.values()) + 2 * sum(tensor.size for tensor in tensors.values())
     with watched(total, show=progress) as tick:
         weights = {path: leaf for path, leaf in leaves.items() if leaf.is_float}
         found = find_pieces(weights, tensors, working_dtype([*weights.values(), *tensors.values()]), tick)
         _require_complete(replace(found, leaves=leaves))
-        layout, padded = _layout(found, kernels)
-        wrong = list(all_wrong(layout, flat, leaves, tensors, opened, padded, tolerance, tick))
+        layout, padded = _layout(found, kernels, opened)
+        wrong = list(all_wrong(layout, flat, leaves, tensors, opened.tensors, padded, tolerance, tick))
     if wrong:
         raise WeightsError("the params and the torch weights are not the same model's: " + _some(wrong))
     return layout
@@ -119,9 +130,10 @@ def _some(wrong: Sequence[str]) -> str:
     return "; ".join(wrong[:SHOWN]) + more
 
 
-def _layout(found: Found, kernels: Kernels | None) -> tuple[Layout, list[str]]:
+def _layout(found: Found, kernels: Kernels | None, opened: Opened) -> tuple[Layout, list[str]]:
     """The layout, and the leaves that hold more than the tensors do."""
-    kinds, width = kinds_of(found.pieces, kernels), _width(found.tensors.values())
+    kinds = kinds_of(found.pieces, found.tensors, kernels, opened.kinds)
+    width = _width(found.tensors.values())
     of: dict[str, list[Piece]] = defaultdict(list)
     for piece in found.pieces:
         of[piece.path].append(piece)

@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import math
 import mmap
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from jpeft.errors import WeightsError
 from jpeft_interop.arrays import host
 from jpeft_interop.layout.layout import as_numpy
-from jpeft_interop.safetensors_file import read_safetensors
-from jpeft_interop.weights import read_weights
 
 
 @dataclass(frozen=True)
@@ -71,20 +66,6 @@ def seen_tensors(state: Mapping[str, Any]) -> dict[str, Seen]:
     release = getattr(state, "release", lambda _: None)
     make = lambda key: (lambda: as_numpy(state[key], key), lambda: release(key))
     return {key: _seen(key, state[key], *make(key)) for key in state}
-
-
-def open_state(state: Any) -> Mapping[str, Any]:
-    """A mapping from torch names to tensors, of one, or of a file or a folder of safetensors (mapped into memory).
-
-    Raises:
-      WeightsError: it is neither.
-    """
-    if isinstance(state, Mapping):
-        return state
-    if not isinstance(state, (str, os.PathLike)):
-        raise WeightsError(f"expected a state dict, or the path of a file or a folder of safetensors; found {state!r}")
-    path = Path(state)
-    return read_weights(path) if path.is_dir() else read_safetensors(path, WeightsError)[0]
 
 
 def _seen(name: str, array: Any, read: Callable[[], np.ndarray], release: Callable[[], None]) -> Seen:

@@ -59,11 +59,14 @@ class Link:
 
 
 def named(array: np.ndarray, axes: Side, sizes: Sizes, index: Mapping[str, int]) -> tuple[np.ndarray, list[str]]:
-    """`array` as a view with one axis for each name of `axes` that has no number in `index`, and those names."""
-    part = array[tuple(slice(axis.start, axis.start + axis.length(sizes)) for axis in axes)]
+    """`array` as a view with one axis for each name of `axes` that has no number in `index`, and those names.
+
+    The `...` keeps a single value a view that can be written through: without it NumPy gives a copy.
+    """
+    part = array[(*(slice(axis.start, axis.start + axis.length(sizes)) for axis in axes), ...)]
     names = [name for axis in axes for name in axis.names]
     split = part.reshape([sizes[name] for name in names], copy=False)
-    picked = split[(*(index.get(name, slice(None)) for name in names), ...)]  # a view, of one value too
+    picked = split[(*(index.get(name, slice(None)) for name in names), ...)]
     return picked, [name for name in names if name not in index]
 
 
@@ -84,12 +87,12 @@ def assign(
 
 def to_leaf(array: np.ndarray, scale: float, offset: float) -> np.ndarray:
     """`scale` times what torch has, and `offset`: computed in fp32 or wider and rounded once."""
-    return array if (scale, offset) == (1.0, 0.0) else (_wide(array) * scale + offset).astype(array.dtype)
+    return array if (scale, offset) == (1.0, 0.0) else np.asarray(_wide(array) * scale + offset, array.dtype)
 
 
 def to_tensor(array: np.ndarray, scale: float, offset: float) -> np.ndarray:
     """The inverse of `to_leaf`, as far as rounding allows."""
-    return array if (scale, offset) == (1.0, 0.0) else ((_wide(array) - offset) / scale).astype(array.dtype)
+    return array if (scale, offset) == (1.0, 0.0) else np.asarray((_wide(array) - offset) / scale, array.dtype)
 
 
 def _wide(array: np.ndarray) -> np.ndarray:

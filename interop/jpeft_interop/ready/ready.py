@@ -50,7 +50,9 @@ def ready_layout(name: str, params: Any, config: Any = None) -> Layout:
     """The layout of a known family's params, its sizes read off the shapes.
 
     A model with a head of its own or a tied one, stacked layers or separate ones, `params/` in front of all paths or
-    not: whichever form the family has is recognised.
+    not: whichever form the family has is recognised. Torch's names are those of the modules in transformers 5, which
+    PEFT's adapters are saved under. ViT's files, and its modules in transformers 4, have other names: those of
+    `transformers4/vit_files`. `export_model` takes either layout and writes the names that the base's folder has.
 
     Args:
       name: one of `ready_names()`.

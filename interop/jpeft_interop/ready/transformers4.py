@@ -77,7 +77,7 @@ ROBERTA_CLASSIFIER = joined(dense("classifier/dense", bias=True), dense("classif
 PATCHES = "vit/embeddings/patch_embeddings/projection"
 IMAGE = "vit/encoder/layer/{i}"
 IMAGE_NORMS = ("layernorm_before", "layernorm_after")
-# What transformers 5 calls the modules of a layer; in files, and in transformers 4, they are called as here.
+# What transformers 5 calls the modules of a layer; in files, and in transformers 4, they are called as in the paths.
 RENAMED = {
     "attention/attention/query": "attention.q_proj",
     "attention/attention/key": "attention.k_proj",
