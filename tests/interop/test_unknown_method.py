@@ -6,6 +6,7 @@ The method is made up: a LoRA by another name, with keys of its own, so that PEF
 import json
 from dataclasses import dataclass
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from jpeft_interop import Layout, Place, load_peft
 from jpeft_interop.peft_keys import KEYS, Keys
 from jpeft_interop.peft_types import LORA, TYPES, PeftType
 from jpeft_interop.provenance import adapted_keys, provenance, stating
+from jpeft_interop.serving import plain_lora
 from peft_twins import adapted_by, save
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -169,3 +171,10 @@ def test_keys_of_no_method_are_no_mere_unverified(module, tmp_path):
         adapted_keys(["base_model.model.q.other_A", "base_model.model.q.weight"], layout)
     with pytest.raises(jpeft.AdapterError, match=r"adapts 'qq', and the layout has no such weight.*'q\.weight'"):
         adapted_keys(["base_model.model.qq.lora_A.weight"], layout)
+
+
+def test_vllm_gets_no_method_that_only_borrows_loras_fields(module):
+    params, layout = based(module, Q)
+    adapter = jpeft.init(jax.random.key(0), MadeUp(rank=2, targets=["q"]), params, layout=layout)
+    with pytest.raises(jpeft.AdapterError, match="vLLM serves LoRA alone, and this is 'made-up'"):
+        plain_lora(adapter)
