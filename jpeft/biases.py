@@ -6,12 +6,15 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jpeft.adapter import Adapter
 from jpeft.effects import Effect, acting
 from jpeft.errors import KernelError
 from jpeft.kernel import wide
+from jpeft.methods import METHODS
 from jpeft.site import Site
 from jpeft.tree import beside
 
@@ -44,6 +47,24 @@ def scaled(path: str, flat: Mapping[str, Any], effects: Sequence[Effect]) -> dic
     for out in outs:
         new = new * _in_place(wide(out), effects[0].site, new.shape)
     return {bias: new.astype(flat[bias].dtype)}
+
+
+def adds(adapter: Adapter, site: Site) -> bool:
+    """Whether an adapter adds to the layer's result at a site, and so to its bias: told by shapes, nothing computed."""
+    method = METHODS[site.method]
+    find = lambda leaves: method.bias(method.matrices(leaves, site.kernel))
+    return jax.eval_shape(find, adapter.leaves(site.path)) is not None
+
+
+def scales(adapter: Adapter, site: Site) -> bool:
+    """Whether an adapter scales the layer's result at a site, its bias included: told by shapes."""
+    method = METHODS[site.method]
+    if (scales := method.scales) is None:
+        return False
+    return (
+        jax.eval_shape(lambda leaves: scales(method.matrices(leaves, site.kernel)).out, adapter.leaves(site.path))
+        is not None
+    )
 
 
 def _in_place(change: Array, site: Site, shape: tuple[int, ...]) -> Array:

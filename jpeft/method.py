@@ -21,8 +21,8 @@ class Product(Protocol):
     """The method inside a product of the model, without forming the adapted weight.
 
     `x` (*batch, rows, in) is the product's input, after dropout where there is some, `y` (*batch, rows, out) the frozen
-    product's result, and `w()` the frozen weight (*batch, in, out). Without batch axes there may be several axes of
-    rows. Returns the adapted result.
+    product's result, and `w()` the frozen weight (*batch, in, out) as this product has it: transposed for a tied head,
+    as the leaves are then. Without batch axes there may be several axes of rows. Returns the adapted result.
     """
 
     def __call__(self, x: Array, y: Array, w: Weights, leaves: Leaves, *, forward_mode: bool) -> Array:
@@ -94,9 +94,10 @@ class Method(NamedTuple):
       delta: `leaves -> ΔW` where `W' = W + ΔW` whatever W is; None for other methods. Only these can be weighted.
       weighted: `(leaves, weight) -> leaves` with `weight * ΔW`; goes with `delta`.
       product: the fast path through a product; None (without `scales`) leaves the dense weight.
-      transposed: the leaves of the same adapter on `Wᵀ`; None where such a product has to be dense.
+      transposed: the leaves of the same adapter on `Wᵀ`; None, or for such leaves None, where such a product has to be
+        dense. It never is where there is a `bias`.
       lookup: the fast path through an embedding's lookup, a convolution, or a product of rows sorted by expert.
-      bias: `leaves -> (*batch, out)`, what is added to the layer's result, or None.
+      bias: `leaves -> (*batch, out)`, what is added to the layer's result, or None. Whatever its leaf is called.
       scales: of a method that only scales the input and the result, the layer's bias included.
       penalty: `[leaves of each site] -> scalar`, what the method adds to the loss, or None.
       alone: the method can't share a weight with another adapter.
@@ -111,7 +112,7 @@ class Method(NamedTuple):
     delta: Callable[[Leaves], Array] | None = None
     weighted: Callable[[Leaves, Array], Leaves] | None = None
     product: Product | None = None
-    transposed: Callable[[Leaves], Leaves] | None = None
+    transposed: Callable[[Leaves], Leaves | None] | None = None
     lookup: Lookup | None = None
     bias: Callable[[Leaves], Array | None] = lambda leaves: None
     scales: Callable[[Leaves], Scales] | None = None

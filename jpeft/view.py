@@ -128,3 +128,17 @@ def to_original(array: Array, lead: int, atoms: list[Atom]) -> Array:
     ordered = sorted(atoms, key=lambda atom: atom.place)
     order = (*range(lead), *(lead + atoms.index(atom) for atom in ordered))
     return array.transpose(order).reshape(*array.shape[:lead], math.prod(atom.size for atom in atoms))
+
+
+def last_from_original(array: Array, atoms: list[Atom]) -> Array:
+    """Put the last axis, in original row-major order, in the order of `atoms`, which make one axis again."""
+    if atoms == sorted(atoms, key=lambda atom: atom.place):
+        return array
+    return from_original(array, array.ndim - 1, atoms).reshape(array.shape)
+
+
+def last_to_original(array: Array, atoms: list[Atom]) -> Array:
+    """Undo `last_from_original`."""
+    if atoms == sorted(atoms, key=lambda atom: atom.place):
+        return array
+    return to_original(array.reshape(*array.shape[:-1], *(atom.size for atom in atoms)), array.ndim - 1, atoms)

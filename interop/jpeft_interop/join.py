@@ -23,14 +23,14 @@ import numpy as np
 from jpeft.errors import AdapterError
 from jpeft.kernel import Kernel
 from jpeft_interop.layout import Link
-from jpeft_interop.layout.factors import at_batch, batch_index, matrix_of, put_matrix
+from jpeft_interop.layout.factors import at_batch, axes_of, batch_index, matrix_of, put_matrix
 from jpeft_interop.layout.link import Side
 from jpeft_interop.lora_keys import Leaves
+from jpeft_interop.parts import why_not_parts
 from jpeft_interop.peft_keys import Keys, Spot
 
 Index = tuple[int, ...]
 MOST_PADDED, ROOM = 8, 1 << 24  # times what the file has, and as many numbers more, of all its weights
-BLOCKS = ("lora", "dora")  # methods whose adapters of the parts of a weight are one of the weight
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,8 @@ class Joined:
             for name, leaf in self.keys.from_file(self.spec, piece.leaves, piece.spot).items():
                 leaf = leaf * np.asarray(piece.link.scale, leaf.dtype) if name == "m" else leaf
                 if name not in made:
-                    made[name] = np.full(self._shape(name, leaf), 1 if name in ("l", "l_in") else 0, leaf.dtype)
+                    neutral = 0.0 if self.keys.parts is None else self.keys.parts.neutral
+                    made[name] = np.full(self._shape(name, leaf), neutral, leaf.dtype)
                 if leaf.dtype != made[name].dtype:
                     self._refuse(
                         f"one array holds them, and {name!r} is {made[name].dtype} of one, {leaf.dtype} of another"
@@ -155,14 +156,12 @@ class Joined:
 
     def _shape(self, name: str, leaf: np.ndarray) -> tuple[int, ...]:
         kernel = self.kernel
-        channels = leaf.shape if kernel.kind == "conv" else kernel.sizes(kernel.contracted)
         own = {
-            "a": (*kernel.sizes(kernel.contracted), self.rank),
-            "b": (self.rank, *kernel.sizes(kernel.output)),
-            "e": (self.rank,),
-            "l_in": channels,
+            "contracted": leaf.shape if kernel.kind == "conv" and name == "l_in" else kernel.sizes(kernel.contracted),
+            "rank": (self.rank,),
+            "output": kernel.sizes(kernel.output),
         }
-        return (*kernel.batch_shape, *own.get(name, kernel.sizes(kernel.output)))
+        return (*kernel.batch_shape, *(size for group in axes_of(name) for size in own[group]))
 
     def constant(self) -> Leaves:
         """The scaling of each matrix, and the mask where there is need of one."""
@@ -179,13 +178,14 @@ class Joined:
 
     def _mask(self) -> np.ndarray | None:
         kernel, output = self.kernel, self.kernel.sizes(self.kernel.output)
-        if self.spec.method == "ia3":
+        parts = self.keys.parts
+        if parts is None or parts.mask is None:
+            return None
+        if not parts.are_blocks:
             mask = np.zeros((*kernel.batch_shape, *output), np.float32)
             for piece in self.pieces:
-                put_matrix(mask, "l", self._ones(piece, "l"), piece.link, kernel)
+                put_matrix(mask, parts.mask, self._ones(piece, parts.mask), piece.link, kernel)
             return None if self._are_whole else mask
-        if self.spec.method not in BLOCKS:
-            return None
         mask = np.zeros((*kernel.batch_shape, self.rank, *output), np.float32)
         for found in self.by_index.values():
             whole = self._scale(found)
@@ -215,13 +215,16 @@ class Joined:
 
     def _check_parts(self) -> None:
         """Adapters of parts are one of the whole only where the method says so."""
-        method, ranks = self.spec.method, {piece.rank for piece in self.pieces}
+        parts, ranks = self.keys.parts, {piece.rank for piece in self.pieces}
+        for piece in self.pieces:
+            if (why := why_not_parts(parts, self.spec.method, piece.link, self.links, self.kernel)) is not None:
+                self._refuse(why)
         if any(axis.length(p.link.sizes) != axis.size for p in self.pieces for axis in self._contracted(p.link)):
             self._refuse("they share its inputs, which no low-rank change of the whole can keep apart")
-        if method == "dora" and not self._are_whole:
-            self._refuse("some have no factors: DoRA's magnitudes of those would be trained, too")
-        if method == "adalora" and (not self._are_whole or self.rank != max(ranks)):
-            self._refuse("AdaLoRA's penalty and budget are of each matrix on its own")
+        if parts is not None and parts.whole is not None and not self._are_whole:
+            self._refuse(parts.whole)
+        if parts is not None and parts.mask is None and self.rank != max(ranks):
+            self._refuse(parts.whole or "they have directions of their own, which nothing would keep apart")
         if any(0 in (scales := [self.scales[i] for i in found]) and any(scales) for found in self.by_index.values()):
             self._refuse("some have alpha 0: as blocks of one adapter they would be lost")
         if getattr(self.spec, "factor_bias", False) and self._mask() is not None:

@@ -21,6 +21,7 @@ import numpy as np
 from jax import Array
 
 import jpeft
+from jpeft import biases
 from jpeft.adapter import Meta
 from jpeft.errors import MergeError, WeightsError
 from jpeft.finite import is_finite
@@ -178,17 +179,12 @@ def _sites(adapter: jpeft.Adapter, leaves: Mapping[str, Any]) -> dict[str, list[
     for site in adapter.sites:
         found.setdefault(site.path, []).append(site)
         bias = f"{module_of(site.path)}/bias"
-        if _changes_bias(adapter, site):
-            if bias not in leaves and "bias" in adapter.leaves(site.path):
+        if biases.adds(adapter, site) or biases.scales(adapter, site):
+            if bias not in leaves and biases.adds(adapter, site):
                 raise MergeError(f"the adapter adds a bias to {site.path!r}, and the model has no {bias!r} to hold it")
             if bias in leaves:
                 found.setdefault(bias, []).append(site)
     return found
-
-
-def _changes_bias(adapter: jpeft.Adapter, site: Site) -> bool:
-    """Whether the layer's bias is added to (LoRA's bias of B), or scaled with the result (IA³)."""
-    return bool({"bias", "l"} & adapter.trained[site.path].keys())
 
 
 def _turned(leaf: Lazy) -> Lazy:
@@ -278,8 +274,8 @@ def _checked(name: str, array: np.ndarray, change: object) -> np.ndarray:
 
 def _made(base: _Base, name: str, path: str, sites: tuple[Site, ...], adapter: jpeft.Adapter) -> np.ndarray:
     """The leaf as a whole, by `jpeft.apply`."""
-    biases = {f"{module_of(site.path)}/bias" for site in sites if _changes_bias(adapter, site)}
-    neighbours = biases & base.leaves.keys()
+    bears = [site for site in sites if biases.adds(adapter, site) or biases.scales(adapter, site)]
+    neighbours = {f"{module_of(site.path)}/bias" for site in bears} & base.leaves.keys()
     neighbours |= {site.path for site in sites}
     beside = tuple(sorted((_name(one), base.leaves[one].shape) for one in neighbours if one != path))
     merged = _run(base.leaves[path], _part(adapter, sites), _name(path), beside, base.table[path])

@@ -18,6 +18,7 @@ from jpeft_interop.layout import Layout, Link
 from jpeft_interop.layout.factors import is_head
 from jpeft_interop.layout.geometry import canonical_kernel
 from jpeft_interop.lora_keys import Leaves, Shapes
+from jpeft_interop.parts import Parts
 
 PREFIX = "base_model.model."
 
@@ -84,6 +85,7 @@ class Keys(NamedTuple):
       why_not: `(spot) -> reason` that PEFT has no such thing there, or None.
       has_rank_zero: whether a file has tensors of rank 0; where not, the module is left out of it.
       scaling: `(spec, module) -> s`, or None where the method has none.
+      parts: how adapters of the parts of a weight are one of the weight; None refuses all but whole matrices.
     """
 
     suffixes: Mapping[str, str]
@@ -94,6 +96,7 @@ class Keys(NamedTuple):
     why_not: Callable[[Spot], str | None]
     has_rank_zero: bool = False
     scaling: Callable[[Any, str], float] | None = None
+    parts: Parts | None = None
 
     def names(self, spot: Spot) -> dict[str, str]:
         """The file's key of each leaf."""
@@ -179,11 +182,17 @@ _lora = Keys(
     from_file=lambda spec, leaves, spot: lora_keys.from_file(leaves, spot.kernel, spot.as_head),
     why_not=_no_groups,
     scaling=_lora_scaling,
+    parts=Parts(mask="b"),
 )
 
 KEYS: dict[str, Keys] = {
     "lora": _lora,
-    "dora": _lora._replace(suffixes=lora_keys.DORA, embedding=lora_keys.DORA_EMBEDDING, why_not=_dora_not),
+    "dora": _lora._replace(
+        suffixes=lora_keys.DORA,
+        embedding=lora_keys.DORA_EMBEDDING,
+        why_not=_dora_not,
+        parts=Parts(mask="b", whole="some have no factors: DoRA's magnitudes of those would be trained, too"),
+    ),
     "adalora": Keys(
         lora_keys.ADALORA,
         {},
@@ -193,6 +202,7 @@ KEYS: dict[str, Keys] = {
         why_not=_adalora_not,
         has_rank_zero=True,
         scaling=lambda spec, module: spec.scaling,
+        parts=Parts(whole="AdaLoRA's penalty and budget are of each matrix on its own"),
     ),
     "ia3": Keys(
         ia3_keys.IA3,
@@ -204,6 +214,7 @@ KEYS: dict[str, Keys] = {
         ),
         why_not=_ia3_not,
         has_rank_zero=True,
+        parts=Parts(mask="l", neutral=1.0),
     ),
 }
 

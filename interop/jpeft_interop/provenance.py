@@ -21,10 +21,11 @@ from jpeft.safetensors_header import ADAPTER_HEADER_BYTES
 from jpeft.save import check_base
 from jpeft.shared import entries, has_values
 from jpeft.strict_json import read_json_object
-from jpeft.tree import flatten
+from jpeft.tree import flatten, nearest
 from jpeft_interop.adapter_files import adapter_file
 from jpeft_interop.layout import Layout, default_layout
 from jpeft_interop.layout.link import Link
+from jpeft_interop.peft_keys import KEYS, PREFIX
 from jpeft_interop.safetensors_file import read_safetensors
 
 KEY = "jpeft"
@@ -136,15 +137,39 @@ def content_digest(
 
 
 def adapted_keys(keys: Iterable[str], layout: Layout) -> set[str]:
-    """The torch names of the weights that a file's keys are factors of; of PEFT's parameters, all of their module."""
-    found = set()
-    for key in keys:
-        module = key.removeprefix("base_model.model.")
-        for mark in (".lora_", ".ia3_"):
-            name = module.partition(mark)[0]
-            if name != module:
-                found |= {one for one in (f"{name}.weight", name) if one in layout.by_key} or _parameters(name, layout)
-    return found
+    """Name the weights in torch that a file's keys are factors of; of PEFT's parameters, all of their module.
+
+    Raises:
+      AdapterError: no key is a factor of any method, or one is of a module that the layout does not have: a file whose
+        base can't be told must not pass for one that was not asked.
+    """
+    modules = sorted({module for key in keys if (module := _adapted_module(key)) is not None})
+    if not modules:
+        raise AdapterError(f"none of the keys is an adapter's: expected a module's name and one of {_suffixes()}")
+    found = {module: _weights(module, layout) for module in modules}
+    for module, weights in found.items():
+        if not weights:
+            raise AdapterError(
+                f"the file adapts {module!r}, and the layout has no such weight; the nearest are "
+                f"{nearest(module, layout.by_key)}: are these the params of its base?"
+            )
+    return set().union(*found.values())
+
+
+def _suffixes() -> tuple[str, ...]:
+    """The ends of all methods' keys: a method that `peft_keys` knows is known here."""
+    tables = (table for row in KEYS.values() for table in (row.suffixes, row.embedding))
+    return tuple(sorted({suffix for table in tables for suffix in table.values()}))
+
+
+def _adapted_module(key: str) -> str | None:
+    """Name the module that a key is a factor of; None where it is the key of something else."""
+    ends = [suffix for suffix in _suffixes() if key.endswith(suffix)]
+    return key.removeprefix(PREFIX).removesuffix(max(ends, key=len)) if ends else None
+
+
+def _weights(module: str, layout: Layout) -> set[str]:
+    return {name for name in (f"{module}.weight", module) if name in layout.by_key} or _parameters(module, layout)
 
 
 def _parameters(module: str, layout: Layout) -> set[str]:

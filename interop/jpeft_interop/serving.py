@@ -30,7 +30,7 @@ def plain_lora(adapter: Adapter) -> Adapter:
     spec: Any = adapter.spec
     if isinstance(spec, jpeft.AdaLoRA):
         return _folded(adapter)
-    if not isinstance(spec, jpeft.LoRA) or isinstance(spec, jpeft.DoRA):
+    if spec.method != jpeft.LoRA.method:  # a subclass of its spec is another method
         to_lora = "jpeft.algebra.to_lora(adapter, rank=64, params=params), which says what that loses"
         raise AdapterError(
             f"vLLM serves LoRA alone, and this is {spec.method!r}: {MERGE}; or make it a LoRA, {to_lora}"

@@ -81,9 +81,9 @@ def lookup(meeting: Meeting, y: Array, w: Weights, leaves: Leaves) -> Array:
     return named(y + (branch + then(gates, leaves["bias"]) if "bias" in leaves else branch).astype(y.dtype))
 
 
-def transposed(leaves: Leaves) -> Leaves:
-    """(A B)ᵀ = Bᵀ Aᵀ."""
-    return leaves | {"a": leaves["b"].mT, "b": leaves["a"].mT}
+def transposed(leaves: Leaves) -> Leaves | None:
+    """(A B)ᵀ = Bᵀ Aᵀ; nothing where there is a bias, which belongs to the layer's own result."""
+    return None if "bias" in leaves else leaves | {"a": leaves["b"].mT, "b": leaves["a"].mT}
 
 
 METHOD = Method(

@@ -42,15 +42,14 @@ def ragged_dot(program: Program, eqn: JaxprEqn, values: Sequence[Any]) -> Outs:
     if program.watch:
         program.uses.append(use)
         return [Result(bind(eqn, [x, weight.value, sizes])[0], weight.path)]
-    branches = oriented(weight, dims, lambda method: method.lookup is not None)
-    if branches is None:
+    adapted = oriented(weight, dims, lambda method: method.lookup is not None)
+    if adapted is None:
         return program.dense(eqn, values, "the product contracts other axes than the adapter's")
-    if any(branch.gates is not None for branch in branches):
+    if any(branch.gates is not None for branch in adapted.branches):
         return program.dense(eqn, values, "the rows are sorted by expert, the gates are not")
     program.uses.append(use)
     rows = Rows.of(x, weight, dims)
     groups = Groups(eqn, rows, sizes, dims.x_free.index(ragged))
-    adapted = weight.with_branches(branches, weight.batch)
     base = lambda x: bind(eqn, [x, weight.value, sizes])[0]
     return [_product(program, x, base, adapted, rows, groups)]
 

@@ -25,7 +25,7 @@ from jpeft.rewrite.program import Program, Result, Use, bind
 from jpeft.rewrite.rows import Dims, Roles, Rows
 from jpeft.rewrite.weight import Branch, Weight, fold_in, is_weight, over_keys
 from jpeft.together import summed
-from jpeft.view import covers, from_original
+from jpeft.view import Atom, covers, from_original, last_from_original, last_to_original
 from jpeft.whole import for_cpu
 
 Outs = Sequence[Any] | None
@@ -45,13 +45,36 @@ def dot_general(program: Program, eqn: JaxprEqn, values: Sequence[Any]) -> Outs:
         program.uses.append(use)
         return [Result(bind(eqn, [x, weight.value][:: 1 if side else -1])[0], weight.path)]
     if _oriented(weight, dims)[0] is None:
-        return program.dense(eqn, values, "the product contracts other axes than the adapter's")
+        return _dense(program, eqn, values, weight, dims)
     program.uses.append(use)
     # Traced once for all the layers that are alike: what a layer is called matters to nothing but an error's text.
     alike = weight if any(branch.gates is not None for branch in weight.branches) else replace(weight, path="")
     equation = _Equation(eqn.primitive, tuple(sorted(eqn.params.items())), side)
     number = jnp.int32(len(program.uses)) if weight.drops else None
     return [_adapted(x, alike, number, equation=equation, forward_mode=program.forward_mode)]
+
+
+def _dense(program: Program, eqn: JaxprEqn, values: Sequence[Any], weight: Weight, dims: Dims) -> Sequence[Any]:
+    """Bind the product to the adapted weight itself, and add what its methods add to the layer's result."""
+    own = oriented(weight, dims, lambda method: True)
+    if own is None or own.kernel != weight.kernel:
+        return program.dense(eqn, values, "the product contracts other axes than the adapter's")
+    plain = [program.as_array(v, "dot_general", "its method has no product", biased=True) for v in values]
+    y = bind(eqn, plain)[0]
+    if not any(branch.adds_bias for branch in own.branches):
+        return [y]
+    rows = Rows.of(next(v for v in values if not is_weight(v)), weight, dims)
+    return [rows.y_from_matrix(_with_biases(rows.y_to_matrix(y), batched(own, rows.batch_shape)))]
+
+
+def _with_biases(y: Array, branches: Sequence[Branch]) -> Array:
+    """Add each method's bias to rows (*batch, rows, out) that are scaled already, so each is scaled, too."""
+    acts = [(METHODS[branch.method], branch.leaves) for branch in branches]
+    found = [wide(bias) for method, leaves in acts if (bias := method.bias(leaves)) is not None]
+    total = sum(found[1:], found[0])
+    for scales in (method.scales(leaves) for method, leaves in acts if method.scales is not None):
+        total = total if scales.out is None else total * wide(scales.out)
+    return y + for_rows(total, y).astype(y.dtype)
 
 
 @dataclass(frozen=True)
@@ -86,20 +109,22 @@ def _adapted(x: Array, weight: Weight, number: Array | None, *, equation: _Equat
 
 def _beside(x: Array, weight: Weight, number: Array | None, *, equation: _Equation, forward_mode: bool) -> Array:
     dims, base = equation.dims(x, weight), lambda x: equation.bind(x, weight.value)
-    branches, out = _oriented(weight, dims)
-    assert branches is not None
-    adapted = replace(weight, branches=branches)
+    adapted, out = _oriented(weight, dims)
+    assert adapted is not None
     summed = partial(_summed, number=number, forward_mode=forward_mode)
     if out:
         return _product_for_all(summed, x, base, adapted, dims, out)
     return _product(summed, x, base, adapted, dims)
 
 
-def _oriented(weight: Weight, dims: Dims) -> tuple[tuple[Branch, ...] | None, tuple[int, ...]]:
-    """`oriented`, and the batch axes that come out of the product."""
-    out = _batch_put_out(weight, dims)
-    out = () if any(map(_scales_input, weight.branches)) else out
-    return oriented(weight, dims.with_batch(out) if out else dims, lambda method: method.product is not None), out
+def _oriented(weight: Weight, dims: Dims) -> tuple[Weight | None, tuple[int, ...]]:
+    """`oriented`, and the batch axes that come out of the product; none where the base's own input is scaled."""
+    has_product = lambda method: method.product is not None
+    if out := _batch_put_out(weight, dims):
+        adapted = oriented(weight, dims.with_batch(out), has_product)
+        if adapted is not None and not any(map(_scales_input, adapted.branches)):
+            return adapted, out
+    return oriented(weight, dims, has_product), ()
 
 
 def _batch_put_out(weight: Weight, dims: Dims) -> tuple[int, ...]:
@@ -124,8 +149,8 @@ def _product_for_all(
     return _product(summed, repeated, turned, weight, dims.with_batch(out)).transpose(back)
 
 
-def oriented(weight: Weight, dims: Dims, acts: Callable[[Method], bool]) -> tuple[Branch, ...] | None:
-    """The branches for the product at hand: as they are, transposed for `x Wᵀ`, or None if neither fits.
+def oriented(weight: Weight, dims: Dims, acts: Callable[[Method], bool]) -> Weight | None:
+    """The weight as the product at hand has it: as it is, transposed for `x Wᵀ`, or None if neither fits.
 
     `acts` says which methods have a form for it, besides those that only scale.
     """
@@ -139,18 +164,25 @@ def oriented(weight: Weight, dims: Dims, acts: Callable[[Method], bool]) -> tupl
     if not all(acts(method) or method.scales for method in methods):
         return None
     if covers(contracted, kernel.contracted, kernel.shape):
-        return branches if kernel.fan_in > 1 or not covers(contracted, kernel.output, kernel.shape) else None
-    # A bias of B belongs to the layer's own result, which is not this one's.
-    biased = any("bias" in branch.leaves for branch in branches)
-    if covers(contracted, kernel.output, kernel.shape) and all(m.transposed for m in methods) and not biased:
-        return tuple(_transposed(branch) for branch in branches)
-    return None
+        unclear = kernel.fan_in == 1 and covers(contracted, kernel.output, kernel.shape)
+        return None if unclear else replace(weight, branches=branches)
+    return _transposed(weight, branches) if covers(contracted, kernel.output, kernel.shape) else None
 
 
-def _transposed(branch: Branch) -> Branch:
-    transposed = METHODS[branch.method].transposed
-    assert transposed is not None
-    return replace(branch, leaves=transposed(branch.leaves))
+def _transposed(weight: Weight, branches: Sequence[Branch]) -> Weight | None:
+    """Wᵀ and its adapters; None where a method has no such form, or adds to the result, which is the layer's own."""
+    turned = [_on_transposed(branch) for branch in branches]
+    kernel = replace(weight.kernel, contracted=weight.kernel.output, output=weight.kernel.contracted)
+    known = tuple(branch for branch in turned if branch is not None)
+    return replace(weight, branches=known, kernel=kernel) if len(known) == len(turned) else None
+
+
+def _on_transposed(branch: Branch) -> Branch | None:
+    method = METHODS[branch.method]
+    if method.transposed is None or branch.adds_bias:
+        return None
+    leaves = method.transposed(branch.leaves)
+    return None if leaves is None else replace(branch, leaves=leaves)
 
 
 def _product(summed: Summed, x: Array, base: Callable[[Array], Array], weight: Weight, dims: Dims) -> Array:
@@ -238,8 +270,15 @@ def gather(program: Program, eqn: JaxprEqn, values: Sequence[Any]) -> Outs:
         params = eqn.params | {"slice_sizes": (1, rows.shape[1])}
         return eqn.primitive.bind(rows, *rest, **params)
 
+    take_a = lambda a: take(last_from_original(a.T, weight.view.atoms((0,))).T)
     y = take(weight.value)
-    return [looked_up(weight, [(branch, _meeting(take, y.ndim)) for branch in branches], y, matrices_of(weight, ()))]
+    met = [(branch, _meeting(take_a, y.ndim)) for branch in branches]
+    return [_looked_up_in_order(weight, met, y, weight.view.atoms((1,)))]
+
+
+def _looked_up_in_order(weight: Weight, met: Met, y: Array, output: list[Atom]) -> Array:
+    """`looked_up` of a result whose features are in the order of `output`: methods have them in the weight's own."""
+    return last_from_original(looked_up(weight, met, last_to_original(y, output), matrices_of(weight, ())), output)
 
 
 def _looks_up(branch: Branch) -> bool:
@@ -311,7 +350,7 @@ def conv_general_dilated(program: Program, eqn: JaxprEqn, values: Sequence[Any])
     take = lambda branch: _conv_take(dropped(len(program.uses), x, branch), eqn, weight, roles)
     met = [(branch, _meeting(take(branch), x.ndim)) for branch in weight.branches]
     out = jnp.moveaxis(bind(eqn, [x, weight.value])[0], feature, -1)
-    return [jnp.moveaxis(looked_up(weight, met, out, matrices_of(weight, ())), -1, feature)]
+    return [jnp.moveaxis(_looked_up_in_order(weight, met, out, weight.view.atoms(roles[1])), -1, feature)]
 
 
 def _fits_conv(weight: Weight, roles: Roles) -> bool:

@@ -90,8 +90,8 @@ class Program:
         """The equation on the adapted weights themselves."""
         return bind(eqn, [self.as_array(v, eqn.primitive.name, why) for v in values])
 
-    def as_array(self, value: Any, equation: str, why: str) -> Any:
-        """A plain array, whatever came."""
+    def as_array(self, value: Any, equation: str, why: str, biased: bool = False) -> Any:
+        """A plain array, whatever came. `biased`: the caller adds the biases that the methods add to the result."""
         if isinstance(value, Result):
             self.passed_on.add(value.path)
             return value.value
@@ -99,7 +99,7 @@ class Program:
             return value
         self.uses.append(Use(value.path, equation, "dense", why))
         for branch in value.branches:
-            _check_dense(value, branch, why)
+            _check_dense(value, branch, why, biased)
         return value.dense()
 
     def _after_product(self, eqn: JaxprEqn, values: list[Any]) -> Sequence[Any]:
@@ -123,15 +123,18 @@ HEAD_KEEPS |= {"sharding_constraint", "add", "mul", "div", "tanh"}
 HEAD_PICKS = {"gather", "dynamic_slice", "select_n"}
 
 
-def _check_dense(weight: Weight, branch: Branch, why: str) -> None:
+def _check_dense(weight: Weight, branch: Branch, why: str, biased: bool) -> None:
     if branch.dropout:
         raise LiftError(f"{weight.path!r}: dropout acts on the branch's input, and this use has none ({why})")
     if branch.use is not None:
         raise LiftError(f"{weight.path!r}: the adapter acts on one use of a tied weight, and this use is dense ({why})")
     if branch.gates is not None:
         raise LiftError(f"{weight.path!r}: the gates differ from row to row, and this use has no rows ({why})")
-    if "bias" in branch.leaves:
-        raise LiftError(f"{weight.path!r}: the bias of B is added to a product's result, and this use is dense ({why})")
+    if branch.adds_bias and not biased:
+        raise LiftError(
+            f"{weight.path!r}: its {branch.method!r} adapter adds a bias to the layer's result, and this use is dense "
+            f"({why}); run the function itself on jpeft.apply(params, adapter)"
+        )
 
 
 def bind(eqn: JaxprEqn, values: Sequence[Any]) -> Sequence[Any]:

@@ -29,6 +29,11 @@ class Branch:
     dropout: float = field(metadata={"static": True})
     use: str | None = field(metadata={"static": True})
 
+    @property
+    def adds_bias(self) -> bool:
+        """Whether the adapter adds to the layer's result, besides changing its weight."""
+        return METHODS[self.method].bias(self.leaves) is not None
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)

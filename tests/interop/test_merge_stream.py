@@ -14,6 +14,8 @@ from flax import nnx
 
 import jpeft
 from jpeft.finite import is_finite
+from jpeft.methods import METHODS
+from jpeft.methods import SPECS as SAVED
 from jpeft.tree import flatten
 from jpeft_interop.abstract import abstract_params
 from jpeft_interop.blocks import Blocks, run
@@ -207,3 +209,36 @@ def test_what_is_finite(dtype: Any) -> None:
 )
 def test_shapes_need_no_random_numbers(config: dict[str, Any]) -> None:
     assert abstract_params(config) == flatten(pure(nnx.eval_shape(lambda: build(config)))[1])
+
+
+class Renamed(jpeft.LoRA):
+    """A LoRA whose bias of B is a leaf by another name."""
+
+    method = "renamed"
+
+
+def test_a_bias_leaf_by_another_name_is_merged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether a method adds to the layer's bias, its record says."""
+    lora = METHODS["lora"]
+    there = lambda leaves: {"shift" if name == "bias" else name: leaf for name, leaf in leaves.items()}
+    here = lambda leaves: {"bias" if name == "shift" else name: leaf for name, leaf in leaves.items()}
+    renamed = lora._replace(
+        matrices=lambda leaves, kernel: there(lora.matrices(here(leaves), kernel)),
+        init=lambda *arguments: there(lora.init(*arguments)),
+        shapes=lambda spec, site: there(lora.shapes(spec, site)),
+        axes=lambda kernel: there(lora.axes(kernel)),
+        bias=lambda leaves: lora.bias(here(leaves)),
+    )
+    monkeypatch.setitem(METHODS, "renamed", renamed)
+    monkeypatch.setitem(SAVED, "renamed", Renamed)
+    _, params = written(tmp_path / "base", normal, attention_bias=True)
+    adapter = trained(Renamed(rank=2, targets=["q_proj"], factor_bias=True), params, normal)
+    found, expected = merged(tmp_path, params, adapter)
+    changed = [path for path, leaf in expected.items() if not np.array_equal(leaf, flatten(params)[path])]
+    assert len(changed) == 4
+    for path in changed:
+        np.testing.assert_allclose(found[path], expected[path], rtol=1e-6, atol=1e-6, err_msg=path)
+    _, other = written(tmp_path / "plain", normal)
+    jpeft.save(tmp_path / "plain.safetensors", trained(adapter.spec, other, normal))
+    with pytest.raises(jpeft.MergeError, match=r"adds a bias to .*q_proj/kernel.*no .*q_proj/bias' to hold it"):
+        merge_folder(tmp_path / "plain", tmp_path / "plain.safetensors", tmp_path / "none")

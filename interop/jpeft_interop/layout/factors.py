@@ -36,6 +36,28 @@ def is_head(link: Link, kernel: Kernel) -> bool:
     return link.kind == "linear" and kernel.kind == "embedding" and set(link.torch[0].names) <= rows
 
 
+def is_as_in_torch(link: Link, kernel: Kernel) -> bool:
+    """Whether a weight is one of torch's matrices: all of it, alone, unscaled, its inputs and outputs in that order."""
+    sides = [_sides(leaf, link, kernel, 1) for leaf in ("a", "b")]
+    every = [axis for axis in (*link.leaf, *link.torch) if axis.length(link.sizes) != axis.size]
+    long = lambda side: [name for axis in side for name in axis.names if link.sizes.get(name, 1) > 1]
+    alone = all(size == 1 for size in kernel.batch_shape) and link.kind not in BATCH
+    return alone and not every and link.scale == 1 and all(long(here) == long(there) for here, there in sides)
+
+
+def axes_of(leaf: str) -> tuple[str, ...]:
+    """The axes of a leaf, after the batch axes.
+
+    Raises:
+      AdapterError: they are not in the table.
+    """
+    if leaf not in AXES:
+        raise AdapterError(
+            f"the axes of a leaf {leaf!r} are not known; those of {sorted(AXES)} are (layout/factors.py)"
+        )
+    return AXES[leaf]
+
+
 def matrix_of(array: np.ndarray, leaf: str, link: Link, kernel: Kernel) -> np.ndarray:
     """The part of a leaf that is for one torch matrix; zero where the matrix holds other weights than this.
 
@@ -86,7 +108,7 @@ def is_adapted(site: Site, link: Link) -> bool:
 
 
 def _rank_of(array: np.ndarray, leaf: str, batch: int) -> int:
-    axes = AXES[leaf]
+    axes = axes_of(leaf)
     if "rank" not in axes:
         return 1
     return array.shape[-1] if axes[-1] == "rank" else array.shape[batch]
@@ -110,7 +132,7 @@ def _sides(leaf: str, link: Link, kernel: Kernel, rank: int) -> tuple[Side, Side
 
 
 def _joined(leaf: str, groups: Mapping[str, Side]) -> Side:
-    return tuple(axis for group in AXES[leaf] for axis in groups[group])
+    return tuple(axis for group in axes_of(leaf) for axis in groups[group])
 
 
 def _assign(target: np.ndarray, to: Side, source: np.ndarray, of: Side, link: Link, rank: int) -> None:
