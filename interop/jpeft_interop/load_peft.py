@@ -22,8 +22,8 @@ from jpeft.save import check_tensor
 from jpeft.shared import has_values
 from jpeft.site import Site
 from jpeft.spec import Spec
-from jpeft.targets import ALL_LINEAR, Targets, is_kept, names_module
-from jpeft.tree import flatten, nearest
+from jpeft.targets import ALL_LINEAR, Targets, is_kept, names_module, saves_module
+from jpeft.tree import dotted, flatten, nearest
 from jpeft_interop.adapter_files import adapter_file
 from jpeft_interop.ia3_keys import as_peft_reads
 from jpeft_interop.join import MOST_PADDED, ROOM, Joined, Piece
@@ -41,7 +41,7 @@ from jpeft_interop.provenance import (
     read_stated,
 )
 from jpeft_interop.safetensors_file import Tensors, read_safetensors
-from jpeft_interop.saved_modules import copied_keys
+from jpeft_interop.saved_modules import copied_keys, is_trained_bias
 from jpeft_interop.target_parameters import is_targeted, stored_names
 from jpeft_interop.without_effect import tell_without_effect
 
@@ -269,6 +269,19 @@ class _Reading:
         has_bias = getattr(self.spec, "factor_bias", False)
         return (key for leaf, key in self.keys.names(spot).items() if leaf != "bias" or has_bias)
 
+    def _saved_here(self, spec: Spec, factors: Collection[str], whole: Collection[str]) -> tuple[str, ...]:
+        """Names for what is trained whole: PEFT's are ends of paths, a task has more of them, a tied weight has two."""
+        first = {next(iter(self._tied_names.get(key, (key,)))) for key in self.layout.by_key}
+        is_bias = lambda key: is_trained_bias(key, spec.bias, factors)
+        trained = {key for key in whole if key in first and not is_bias(key)}
+        named = tuple(n for n in spec.modules_to_save if any(saves_module((n,), key) for key in first))
+        if {key for key in first if saves_module(named, key) and not is_bias(key)} == trained:
+            return named
+        owners = {key.rpartition(".")[0] for key in trained}
+        partial = {o for o in owners if any(k.rpartition(".")[0] == o and k not in trained for k in first)}
+        leaves = {dotted(self.layout.by_key[k][0].path) for k in trained if k.rpartition(".")[0] in partial}
+        return tuple(sorted((owners - partial) | leaves))
+
     def _targeted(self) -> Iterator[tuple[str, Kernel]]:
         """The modules that the config targets and that have factors in a file."""
         for module, kernel in self.layout.modules.items():
@@ -282,15 +295,18 @@ class _Reading:
         joined = {path: self._joined(path, found) for path, found in by_path.items()}
         self._check_padding(joined)
         parts = [self._adapted(path, whole) for path, whole in joined.items()]
-        parts += self._replaced(self._params_of(plain, factors))
+        whole = self._params_of(plain, factors)
+        parts += self._replaced(whole)
         self._check_biases({site.path for site, _, _ in parts})
         sites = tuple(sorted((site for site, _, _ in parts), key=lambda site: site.path))
         trained = {site.path: {n: jnp.asarray(leaf) for n, leaf in leaves.items()} for site, leaves, _ in parts}
         constant = {site.path: {n: jnp.asarray(leaf) for n, leaf in held.items()} for site, _, held in parts if held}
-        return Adapter(trained, constant, Meta(self._spec_here(factors), sites))
+        return Adapter(trained, constant, Meta(self._spec_here(factors, whole), sites))
 
-    def _spec_here(self, factors: Mapping[str, Leaves]) -> Spec:
+    def _spec_here(self, factors: Mapping[str, Leaves], whole: Collection[str]) -> Spec:
+        """The file's spec where its names mean here what they mean to PEFT, else with each module named whole."""
         spec: Any = as_peft_reads(self.spec, factors)
+        spec = replace(spec, modules_to_save=self._saved_here(spec, factors, whole))
         where = spec.where
         here = {m for m, k in self.layout.modules.items() if names_module(where.targets, m) and _is_kept(where, m, k)}
         if where.targets == ALL_LINEAR or (not self.config.parameters and here == set(factors)):

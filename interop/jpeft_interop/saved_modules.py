@@ -68,7 +68,7 @@ def saved_modules(adapter: Adapter, adapted: Collection[str], layout: Layout, ta
     for site in adapter.sites:
         if site.method == "replacement":
             uses = torch_keys(site, layout)
-            is_bias = all(_is_trained_bias(key, spec.bias, adapted) for keys in uses for key in keys)
+            is_bias = all(is_trained_bias(key, spec.bias, adapted) for keys in uses for key in keys)
             (biases if is_bias else trained).update(
                 {key: site.path for keys in uses for key in keys[: is_bias or None]}
             )
@@ -80,7 +80,8 @@ def saved_modules(adapter: Adapter, adapted: Collection[str], layout: Layout, ta
     return SavedModules(names, trained | biases, copies, ties, found)
 
 
-def _is_trained_bias(key: str, bias: str, adapted: Collection[str]) -> bool:
+def is_trained_bias(key: str, bias: str, adapted: Collection[str]) -> bool:
+    """Whether a torch tensor is a bias that a spec's `bias` trains."""
     module, _, leaf = key.rpartition(".")
     return leaf == "bias" and (bias == "all" or (bias != "none" and module in adapted))
 

@@ -21,6 +21,7 @@ from jpeft_interop.layout import Layout, Link
 from jpeft_interop.layout.factors import at_batch, is_adapted, matrix_of
 from jpeft_interop.layout.geometry import BATCH, OUTPUT
 from jpeft_interop.lora_keys import Leaves
+from jpeft_interop.parts import why_not_parts
 from jpeft_interop.peft_keys import KEYS, Spot, spot_of
 from jpeft_interop.target_parameters import stored_names
 
@@ -80,6 +81,8 @@ def _places(site: Site, layout: Layout) -> Iterator[tuple[Link, Spot]]:
     for link in layout.links[site.path]:
         if link.kind == "plain":
             raise AdapterError(f"{site.path!r} lies in {link.key!r}, which the layout has for the weight of no product")
+        if why := why_not_parts(KEYS[site.method].parts, site.method, link, layout.links[site.path], site.kernel):
+            raise AdapterError(f"{site.path!r} has no place in a PEFT file: {why}")
         spot = spot_of(link, site.kernel, layout)
         if is_adapted(site, link) and (site.use is None or (site.use == "product") == spot.as_head):
             yield link, spot
@@ -154,8 +157,8 @@ def _fused(parts: list[Matrix], links: tuple[Link, ...]) -> Matrix:
     first = parts[0]
     if len(links) == 1 or first.spot.as_head:
         return first
-    method, module = first.site.method, first.spot.module
-    if method not in ("lora", "dora") or (method == "dora" and len(parts) != len(links)):
+    method, module, known = first.site.method, first.spot.module, KEYS[first.site.method].parts
+    if known is None or not known.are_blocks or (known.whole is not None and len(parts) != len(links)):
         raise AdapterError(
             f"{module!r} is one matrix in torch, fused of {[link.path for link in links]}; their {method} adapters are "
             "none of it: make it a LoRA first, jpeft.algebra.to_lora(adapter, rank, params=params)"

@@ -21,6 +21,7 @@ from jpeft_interop.peft_keys import KEYS, Keys
 from jpeft_interop.peft_types import LORA, TYPES, PeftType
 from jpeft_interop.provenance import adapted_keys, provenance, stating
 from jpeft_interop.serving import plain_lora
+from jpeft_interop.split import matrices
 from peft_twins import adapted_by, save
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -178,3 +179,20 @@ def test_vllm_gets_no_method_that_only_borrows_loras_fields(module):
     adapter = jpeft.init(jax.random.key(0), MadeUp(rank=2, targets=["q"]), params, layout=layout)
     with pytest.raises(jpeft.AdapterError, match="vLLM serves LoRA alone, and this is 'made-up'"):
         plain_lora(adapter)
+
+
+@pytest.mark.parametrize("form", PARTS)
+def test_parts_of_a_weight_are_not_written(form, module):
+    params, layout = based(module, PARTS[form][0])
+    adapter = jpeft.init(jax.random.key(0), MadeUp(rank=2, targets=".*"), params, layout=layout)
+    with pytest.raises(jpeft.AdapterError, match="has no place in a PEFT file.*'made-up' adapters.*is not known"):
+        matrices(adapter, layout)
+
+
+@pytest.mark.parametrize("form", ALIKE)
+def test_whole_matrices_are_written(form, module):
+    params, layout = based(module, ALIKE[form][0])
+    adapter = jpeft.init(jax.random.key(0), MadeUp(rank=2, targets=".*"), params, layout=layout)
+    assert {one.spot.module for one in matrices(adapter, layout)} == {
+        key.removesuffix(".weight") for key in layout.by_key
+    }
