@@ -29,12 +29,14 @@ class Lesson:
     Attributes:
       ids: (n,), int32.
       learnt: (n,), whether each is learnt.
+      where: the place it came from, as `file:line`.
       counts: by who says them, how many tokens are learnt and how many there are.
       fields: names of the row's fields beside its text, and whether the text would be another without each.
     """
 
     ids: np.ndarray
     learnt: np.ndarray
+    where: str
     counts: Counts
     fields: Mapping[str, bool] = field(default_factory=dict)
 
@@ -58,11 +60,11 @@ def lesson(record: Record, tokenizer: Tokenizer, train_on: str = ASSISTANT) -> L
             raise TokenizerError(f"{record.where}: {error}") from None
     ids = tokenizer.encode(record.text)
     ids = ids if len(ids) and ids[-1] == tokenizer.eos else np.append(ids, np.int32(tokenizer.eos))
-    return _learnt_whole(ids, DOCUMENTS, dict.fromkeys(record.unused, False))
+    return _learnt_whole(ids, record.where, DOCUMENTS, dict.fromkeys(record.unused, False))
 
 
-def _learnt_whole(ids: np.ndarray, name: str, fields: Mapping[str, bool]) -> Lesson:
-    return Lesson(ids, np.ones(len(ids), bool), {name: (len(ids), len(ids))}, fields)
+def _learnt_whole(ids: np.ndarray, where: str, name: str, fields: Mapping[str, bool]) -> Lesson:
+    return Lesson(ids, np.ones(len(ids), bool), where, {name: (len(ids), len(ids))}, fields)
 
 
 def _of_conversation(conversation: Conversation, tokenizer: Tokenizer, train_on: str) -> Lesson:
@@ -71,12 +73,14 @@ def _of_conversation(conversation: Conversation, tokenizer: Tokenizer, train_on:
     if train_on == ALL:
         text = render(tokenizer, turns, **given)
         ids, _ = tokenizer.spans(text)
-        return _learnt_whole(ids, CONVERSATIONS, _fields(conversation, tokenizer, turns, given, text))
+        return _learnt_whole(
+            ids, conversation.where, CONVERSATIONS, _fields(conversation, tokenizer, turns, given, text)
+        )
     heard = hear(tokenizer, turns, **given)
     ids, places = tokenizer.spans(heard.text)
     learnt, speakers = _who(heard, places)
     fields = _fields(conversation, tokenizer, turns, given, heard.text)
-    return Lesson(ids, learnt, _counted(learnt, speakers), fields)
+    return Lesson(ids, learnt, conversation.where, _counted(learnt, speakers), fields)
 
 
 def _who(heard: Heard, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

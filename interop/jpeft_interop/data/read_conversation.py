@@ -1,4 +1,4 @@
-"""A row with `messages`: the turns, and what else `apply_chat_template` of transformers takes, `tools` and `documents`."""
+"""A row with `messages`: the turns, and what else transformers gives a chat template, `tools` and `documents`."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """What a file of examples holds: documents, conversations, labelled texts, each with the place it came from.
 
-Records are frozen, and so is all that they hold: they are compared, hashed and pickled. What may be any JSON is its text.
+Records are frozen, and so is all that they hold: they are compared, hashed and pickled. What may be any JSON is kept as
+its text.
 """
 
 from __future__ import annotations

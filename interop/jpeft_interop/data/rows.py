@@ -42,17 +42,16 @@ def packed(records: Sequence[Record], tokenizer: Tokenizer, length: int, *, trai
       TokenizerError: conversations, and no chat template, or one that does not let one tell what the assistant says.
     """
     lessons = [lesson(record, tokenizer, train_on) for record in records]
-    return blocks(lessons, tokenizer.eos, length, records[0].where)
+    return blocks(lessons, tokenizer.eos, length)
 
 
-def blocks(lessons: Sequence[Lesson], eos: int, length: int, where: str) -> Rows:
+def blocks(lessons: Sequence[Lesson], eos: int, length: int) -> Rows:
     """Cut what `packed` cuts, already tokenised.
 
     Args:
       lessons: at least one.
       eos: the end-of-text token.
       length: tokens in a block.
-      where: the place of the first one.
 
     Raises:
       DataError: there is nothing to learn in them.
@@ -64,7 +63,7 @@ def blocks(lessons: Sequence[Lesson], eos: int, length: int, where: str) -> Rows
     rows = {"input_ids": fill(ids[:-1], eos), "labels": fill(labels, IGNORE)}
     kept = (rows["labels"] != IGNORE).any(axis=1)  # a block that teaches nothing would be a step without a gradient
     if not kept.any():
-        raise DataError(f"{where} and {len(lessons) - 1} more examples hold nothing to learn")
+        raise DataError(f"{lessons[0].where} and {len(lessons) - 1} more examples hold nothing to learn")
     return {name: array[kept] for name, array in rows.items()}
 
 
