@@ -110,12 +110,19 @@ def generated(
 def _rendered(tokenizer: Tokenizer, messages: Sequence[Turn], given: Mapping[str, Any]) -> str:
     turns = [_as_transformers_gives_it(message) for message in messages]
     program = _program(tokenizer, given["tools"])
+    values = {**tokenizer.special, "messages": turns, "add_generation_prompt": False, **given}
     try:
-        return program.template.render(
-            {**tokenizer.special, "messages": turns, "add_generation_prompt": False, **given}
-        )
+        text = program.template.render(values)
     except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
         raise TokenizerError(f"{tokenizer.folder}: the chat template fails: {error}") from None
+    for number, turn in enumerate(turns, 1):
+        content = turn.get("content")
+        if content and isinstance(content, list) and str(content) in text:
+            raise TokenizerError(
+                f"{tokenizer.folder}: the chat template does not read the content of message {number}, a list of "
+                "parts, and writes it as it stands; give the content as a string"
+            )
+    return text
 
 
 def _as_transformers_gives_it(message: Turn) -> dict[str, Any]:
