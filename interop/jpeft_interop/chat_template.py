@@ -114,7 +114,9 @@ def _rendered(tokenizer: Tokenizer, messages: Sequence[Turn], given: Mapping[str
     try:
         text = program.template.render(values)
     except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
-        raise TokenizerError(f"{tokenizer.folder}: the chat template fails: {error}") from None
+        dated = "; write a date into it, so that the same data makes the same rows tomorrow"
+        hint = dated if "'strftime_now' is undefined" in str(error) else ""
+        raise TokenizerError(f"{tokenizer.folder}: the chat template fails: {error}{hint}") from None
     for number, turn in enumerate(turns, 1):
         content = turn.get("content")
         if content and isinstance(content, list) and str(content) in text:

@@ -154,6 +154,18 @@ def test_what_cannot_be_told_is_an_error_unless_all_is_learnt(name, tmp_path):
     assert learnt(rows, tokenizer) == render(tokenizer, TALK)[1:]  # the first token follows nothing
 
 
+def test_a_choice_that_is_none_is_refused(tmp_path):
+    with pytest.raises(data.DataError, match="expected assistant or all; found 'al'"):
+        data.packed(read({"messages": TALK}), with_template(tmp_path, TEMPLATES["grows"]), 64, train_on="al")
+
+
+def test_a_template_that_needs_todays_date_is_told_of(tmp_path):
+    dated = "{{ strftime_now('%d') if strftime_now is defined else '1' }}" + TEMPLATES["grows"]
+    assert render(with_template(tmp_path / "falls back", dated), TALK).startswith("1<|im_start|>")
+    with pytest.raises(TokenizerError, match="write a date into it"):
+        render(with_template(tmp_path / "does not", "{{ strftime_now('%d') }}"), TALK)
+
+
 MARKED = """
 {%- for m in messages %}
     {{- '<|' + m.role + '|>' }}

@@ -1,6 +1,8 @@
 """`jpeft finetune`, from files to a folder that PEFT reads; and what interrupts it."""
 
 import json
+import re
+import shutil
 import sys
 
 import jax
@@ -170,10 +172,38 @@ def test_conversations_are_learnt(place):
     ]
     result = run(place / "llama", "--data", place / "chats.jsonl", "--out", place / "chats", *options)
     assert result.exit_code == 0, result.output
+    counted = re.search(r"tokens learnt: assistant (\d+) of (\d+), user 0 of (\d+), template 0 of (\d+)", result.output)
+    assert counted, result.output
+    taught, assistant, user, template = map(int, counted.groups())
+    tokenizer = load_tokenizer(place / "llama")
+    ids = tokenizer.encode("<|user|>a cat?<|end|><|assistant|>no, the dog<|end|>")
+    assert taught == assistant == 4 * len(tokenizer.encode("no, the dog<|end|>"))
+    assert assistant + user + template == 4 * len(ids) and "without use" not in result.output
     rows = [json.loads(line) for line in (place / "chats" / "metrics.jsonl").read_text().splitlines()]
     assert [row["kind"] for row in rows] == ["training", "training"] and 0 < rows[0]["labels"] < 16
     config = json.loads((place / "chats" / "adapter" / "adapter_config.json").read_text())
     assert len(config["target_modules"]) == 7 and config["use_rslora"] and config["lora_alpha"] == 16
+
+
+def test_all_is_learnt_where_it_is_asked_for_and_unused_fields_are_told(place, tmp_path, capsys, monkeypatch):
+    shutil.copytree(place / "llama", tmp_path / "llama")
+    hides = "{% for m in messages %}{{ m.content if loop.last or m.role == 'user' }}<|end|>{% endfor %}"
+    (tmp_path / "llama" / "chat_template.jinja").write_text(hides)
+    says = [{"role": role, "content": "a cat"} for role in ("user", "assistant")]
+    rows = [{"text": "the dog"}, {"messages": says * 2, "id[red]": 1, "tools": [{"name": "f"}]}]
+    (tmp_path / "chats.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    command = [tmp_path / "llama", "--data", tmp_path / "chats.jsonl", "--out", tmp_path / "out"]
+    options = ["--steps", "1", "--batch-size", "1", "--seq-len", "8", "--holdout", "0", "--targets", "q_proj"]
+    code, error = told(capsys, monkeypatch, "finetune", *command, *options)
+    error = " ".join(error.split())
+    assert code == 1 and "chats.jsonl:2: " in error and "message 2" in error and "--train-on all" in error
+    result = run(*command, *options, "--train-on", "all")
+    output = " ".join(result.output.split())
+    assert result.exit_code == 0, output
+    tokens = lambda text: len(load_tokenizer(place / "llama").encode(text))
+    document, talk = tokens("the dog<|end|>"), tokens("a cat<|end|><|end|>a cat<|end|>a cat<|end|>")
+    assert f"tokens learnt: documents {document} of {document}, conversations {talk} of {talk}" in output
+    assert "without use: id[red] (1 row), tools (1 row)" in output
 
 
 def told(capsys, monkeypatch, *arguments):
@@ -192,6 +222,7 @@ BAD = {
     "too few rows": (["{place}/llama", "--data", "{place}/notes.txt", "--batch-size", "9999"], "shorten the batch"),
     "share": (["{place}/llama", "--data", "{place}/notes.txt", "--holdout", "1.5"], "below 1; found 1.5"),
     "parts": (["{place}/llama", "--data", "{place}/notes.txt", "--accumulate", "3"], "into 3 equal parts"),
+    "what to learn": (["{place}/llama", "--data", "{place}/chats.jsonl", "--train-on", "user"], "'user' is not one of"),
     "rate": (["{place}/llama", "--data", "{place}/notes.txt", "--lr", "0"], "lr must be above 0"),
 }
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from jpeft_interop.chat import Heard, hear, render
 from jpeft_interop.chat_template import Span
+from jpeft_interop.data.errors import DataError
 from jpeft_interop.data.records import Conversation, Record
 from jpeft_interop.tokenizer import Tokenizer, TokenizerError
 
@@ -50,9 +51,12 @@ def lesson(record: Record, tokenizer: Tokenizer, train_on: str = ASSISTANT) -> L
       train_on: `assistant` learns the assistant's turns of a conversation, `all` every token.
 
     Raises:
+      DataError: `train_on` is neither.
       TokenizerError: a conversation, and the template is missing, refuses it, or does not let one tell what the
         assistant says. Names the record's place.
     """
+    if train_on not in TRAIN_ON:
+        raise DataError(f"train_on: expected {' or '.join(TRAIN_ON)}; found {train_on!r}")
     if isinstance(record, Conversation):
         try:
             return _of_conversation(record, tokenizer, train_on)

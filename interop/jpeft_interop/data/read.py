@@ -26,7 +26,8 @@ def read(path: str | Path, *, whole: bool = False) -> list[Record]:
     r"""What a language model learns: all documents and conversations of a file, in its order.
 
     Args:
-      path: a .txt, .jsonl (`text` or `messages`) or .csv (`text`) file, UTF-8.
+      path: a .txt, .jsonl (`text`, or `messages` and what chat templates read beside them, `tools` and `documents`) or
+        .csv (`text`) file, UTF-8.
       whole: a .txt file is one document; otherwise blank lines part documents.
 
     Raises:
