@@ -136,15 +136,21 @@ def _ending(proof: Proof, number: int, replace: Replace, tail: str, alone: str) 
 
 
 def _nothing_trails(proof: Proof, number: int) -> bool:
-    """Tell whether all that closes the text before the last turn stays where it is when the turn follows."""
-    before = proof.tried(proof.messages[:number]) if number else None
+    """Tell whether all that closes the text before the assistant speaks stays where it is when it has spoken."""
+    spoken_to = _without_answers(proof, number)
+    before = proof.tried(spoken_to) if spoken_to else None
     return before is not None and proof.text.startswith(before)
+
+
+def _without_answers(proof: Proof, number: int) -> Sequence[Turn]:
+    """Give the turns up to the last one before this that is not the assistant's."""
+    others = [at + 1 for at in range(number) if proof.messages[at]["role"] != ASSISTANT]
+    return proof.messages[: max(others, default=0)]
 
 
 def _up_to_the_prompt(proof: Proof, number: int, replace: Replace) -> str | None:
     """Take the words that open another turn off what follows this one when they are asked for."""
-    others = [at + 1 for at in range(number) if proof.messages[at]["role"] != ASSISTANT]
-    silent, asked = (proof.tried(proof.messages[: max(others, default=0)], prompt=prompt) for prompt in (False, True))
+    silent, asked = (proof.tried(_without_answers(proof, number), prompt=prompt) for prompt in (False, True))
     opened = proof.around(proof.messages[: number + 1], number, replace, prompt=True)
     if silent is None or asked is None or opened is None or not asked.startswith(silent):
         return None

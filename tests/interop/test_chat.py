@@ -111,6 +111,11 @@ LEARNT = [
         [user("a"), assistant("one"), assistant("two"), user("b"), assistant("one")],
         ["one<|stop|>", "two<|stop|>", "one<|return|>"],
     ),
+    (
+        "another end of the last turn",
+        [user("a"), assistant("one"), assistant("two")],
+        ["one<|stop|>", "two<|return|>"],
+    ),
     ("only the last answer", [user("a"), assistant("one"), user("one"), assistant("two")], ["", "two<|im_end|>\n"]),
     ("users first", [user("a"), assistant("one"), user("one"), assistant("two")], ["one<|end|>", "A two<|end|>"]),
 ]
