@@ -3,8 +3,11 @@
 import dataclasses
 import json
 import pickle
+import re
 from pathlib import Path
+from random import Random
 
+import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
@@ -133,6 +136,42 @@ def test_what_the_assistant_says_is_proven(name, turns, expected, tmp_path):
         expected = [*expected[:-1], expected[-1] + "<|end|>"]
     assert found == expected
     assert all(one[1] <= other[0] for one, other in zip(spans, spans[1:], strict=False) if one[1])
+
+
+PIECES = [
+    "",
+    "yes",
+    " ",
+    "\n",
+    "<|im_end|>\n",
+    "<|im_start|>assistant\n",
+    "<|end|>",
+    "[/INST]",
+    "<|stop|>",
+    "A ",
+    "{{ m }}",
+]
+
+
+def random_talk(draw):
+    """A conversation that says what its template says; the assistant's words hold `A#`, all others' `U#`."""
+    roles = ["system"] if draw.random() < 0.3 else []
+    for _ in range(draw.randint(1, 3)):
+        roles += ["user", *["assistant"] * draw.choice([1, 1, 1, 2])]
+    word = lambda role: draw.choice(PIECES) + ("A#" if role == "assistant" else "U#") + draw.choice(PIECES)
+    return [{"role": role, "content": word(role)} for role in roles]
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_nothing_but_the_assistants_words_is_ever_learnt(name, seed, tmp_path):
+    tokenizer, draw = with_template(tmp_path, TEMPLATES[name]), Random(seed)
+    for _ in range(20):
+        text, spans = with_spans(tokenizer, talk := random_talk(draw))
+        inside = np.zeros(len(text), bool)
+        for start, end in spans:
+            inside[start:end] = True
+        for found in re.finditer("[AU]#", text):
+            assert (inside[found.start() : found.end()] == (found[0] == "A#")).all(), (talk, text, spans)
 
 
 HIDES = FOR + "{{ m.content if m.role == 'user' or loop.last else '' }}<|end|>" + END
