@@ -9,9 +9,11 @@ import jax
 import pytest
 from typer.testing import CliRunner
 
+import jpeft
 from jpeft_interop.base import load_adapted
 from jpeft_interop.cli import main
 from jpeft_interop.cli.app import app
+from jpeft_interop.finetune import Settings, SettingsError
 from jpeft_interop.metrics import MetricsLog
 from jpeft_interop.snapshots import ResumeError, Snapshots
 from jpeft_interop.tokenizer import load_tokenizer
@@ -222,9 +224,16 @@ BAD = {
     "too few rows": (["{place}/llama", "--data", "{place}/notes.txt", "--batch-size", "9999"], "shorten the batch"),
     "share": (["{place}/llama", "--data", "{place}/notes.txt", "--holdout", "1.5"], "below 1; found 1.5"),
     "parts": (["{place}/llama", "--data", "{place}/notes.txt", "--accumulate", "3"], "into 3 equal parts"),
-    "what to learn": (["{place}/llama", "--data", "{place}/chats.jsonl", "--train-on", "user"], "'user' is not one of"),
     "rate": (["{place}/llama", "--data", "{place}/notes.txt", "--lr", "0"], "lr must be above 0"),
 }
+
+
+@pytest.mark.parametrize("command", ["finetune", "sweep", "xlora"])
+def test_what_is_learnt_of_conversations_is_a_choice(command):
+    refused = CliRunner().invoke(app, [command, "model", "--train-on", "user"])
+    assert refused.exit_code == 2 and "'assistant', 'all'" in " ".join(refused.output.split())
+    with pytest.raises(SettingsError, match="train_on must be one of assistant, all; found 'user'"):
+        Settings(jpeft.LoRA(), train_on="user")
 
 
 @pytest.mark.parametrize("row", BAD)
