@@ -316,11 +316,25 @@ def _read_keys(one: Input, flat: Any, layout: Any) -> Any:
 
 def _data() -> list[Input]:
     talk = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    call = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b", "more": 1}]
+    turns = [
+        {"role": "user", "content": parts, "weight": 0.5},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"content": "1", "role": "tool", "name": "f", "tool_call_id": "c"},
+        {"role": "assistant", "content": "b", "tool_calls": json.dumps([call])},
+    ]
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
+    called = [
+        {"messages": turns, "tools": tools},
+        {"messages": turns[:1], "tools": json.dumps(tools), "documents": [{}]},
+    ]
     lines = [{"text": "one"}, {"text": "two", "label": "x"}, {"text": "three", "label": 3, "more": [1.5, None]}]
     return [
         (".txt", False, b"one\ntwo\n\nthree\n"),
         (".txt", True, b"one\r\n\r\n two"),
         (".jsonl", False, "\n".join(map(json.dumps, [*lines, talk])).encode()),
+        (".jsonl", False, "\n".join(map(json.dumps, called)).encode()),
         (".jsonl", None, "\n".join(map(json.dumps, lines[1:])).encode()),
         (".csv", False, b'text,more\none,1\n"two, and\nthree",2\n'),
         (".csv", None, b'text,label\r\n"a ""b""",x\r\nc,y\r\n'),

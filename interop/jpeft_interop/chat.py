@@ -1,93 +1,70 @@
-"""Conversations as text, by a tokenizer's own Jinja template, and where in it the assistant speaks.
-
-Templates are the programs that Hugging Face tokenizers carry; they run in Jinja's sandbox.
-"""
+"""Conversations as text, and who says what in it."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from typing import NoReturn
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 
-from jinja2 import TemplateError, nodes
-from jinja2.ext import Extension
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-from jpeft_interop.tokenizer import Tokenizer, TokenizerError
-
-Turn = Mapping[str, str]
-Span = tuple[int, int]
+from jpeft_interop.chat_renderings import places_of_content, proof_of
+from jpeft_interop.chat_template import Objects, Span, Turn, generated
+from jpeft_interop.chat_template import render as render
+from jpeft_interop.tokenizer import Tokenizer
+from jpeft_interop.turn_proofs import ASSISTANT, proven
 
 
-class Generation(Extension):
-    """`{% generation %}…{% endgeneration %}`, with which some templates mark the assistant's words: no effect here."""
+@dataclass(frozen=True)
+class Heard:
+    """A conversation's text, and who says what in it.
 
-    tags = {"generation"}
+    Attributes:
+      text: all of it.
+      assistant: the characters that the assistant says, the marks that end its turns included.
+      contents: roles, and where in the text the content of a turn of theirs lies, as far as that can be told.
+      marked: whether the template itself marks the assistant's words.
+    """
 
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        """What stands between the tags."""
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+    text: str
+    assistant: list[Span]
+    contents: list[tuple[str, Span]]
+    marked: bool
 
 
-def render(tokenizer: Tokenizer, messages: Sequence[Turn], *, prompt: bool = False) -> str:
-    """A conversation as the model was trained to read it.
-
-    Args:
-      tokenizer: whose template is used.
-      messages: turns, each with `role` and `content`.
-      prompt: end with the words that open the assistant's next turn.
+def hear(
+    tokenizer: Tokenizer,
+    messages: Sequence[Turn],
+    *,
+    tools: Objects | None = None,
+    documents: Objects | None = None,
+) -> Heard:
+    """Find out who says what in a conversation's text: by the template's `{% generation %}`, else by proofs.
 
     Raises:
-      TokenizerError: the tokenizer has no chat template, or the template refuses these messages.
+      TokenizerError: as for `render`, or it can't be told which characters an assistant's turn is.
     """
-    if tokenizer.chat_template is None:
-        raise TokenizerError(
-            f"{tokenizer.folder}: the tokenizer has no chat template, so messages have no form; give plain text, or "
-            "put a chat_template.jinja into the folder"
-        )
-    try:
-        template = _environment().from_string(tokenizer.chat_template)
-        return template.render(messages=list(messages), add_generation_prompt=prompt, **tokenizer.special)
-    except (TemplateError, TypeError) as error:
-        raise TokenizerError(f"{tokenizer.folder}: the chat template fails: {error}") from None
+    say = partial(render, tokenizer, tools=tools, documents=documents)
+    proof = proof_of(tokenizer, say, messages, [tools, documents])
+    numbers = range(len(messages))
+    contents = [(messages[number]["role"], span) for number in numbers for span in places_of_content(proof, number)]
+    marked = generated(tokenizer, messages, tools=tools, documents=documents)
+    if marked is not None:
+        return Heard(proof.text, marked, contents, True)
+    others = [span for role, span in contents if role != ASSISTANT]
+    spans = [proven(proof, number, others) for number in numbers if messages[number]["role"] == ASSISTANT]
+    return Heard(proof.text, spans, contents, False)
 
 
-def _environment() -> ImmutableSandboxedEnvironment:
-    extensions = ["jinja2.ext.loopcontrols", Generation]
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
-    environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
-    environment.globals["raise_exception"] = _refuse
-    # transformers also gives `strftime_now`. Without it templates fall back on a date of their own, so that the same
-    # data makes the same training rows tomorrow.
-    return environment
-
-
-def _refuse(reason: str) -> NoReturn:
-    raise TemplateError(reason)
-
-
-def with_spans(tokenizer: Tokenizer, messages: Sequence[Turn]) -> tuple[str, list[Span] | None]:
-    """A conversation's text, and the characters that the assistant says, its end-of-turn mark included.
-
-    A turn is found by rendering the conversation up to it, with the words that open it, and past it. A template
-    whose text does not grow that way (one that drops earlier thoughts, say) does not let one tell: then there are none.
+def with_spans(
+    tokenizer: Tokenizer,
+    messages: Sequence[Turn],
+    *,
+    tools: Objects | None = None,
+    documents: Objects | None = None,
+) -> tuple[str, list[Span]]:
+    """Write a conversation as text, and give the characters that the assistant says, its end-of-turn marks included.
 
     Raises:
-      TokenizerError: as for `render`.
+      TokenizerError: as for `hear`.
     """
-    text = render(tokenizer, messages)
-    turns = [number for number, turn in enumerate(messages) if turn["role"] == "assistant"]
-    spans = [_span(tokenizer, messages, number, text) for number in turns]
-    found = [span for span in spans if span is not None]
-    return text, found if len(found) == len(spans) else None
-
-
-def _span(tokenizer: Tokenizer, messages: Sequence[Turn], number: int, text: str) -> Span | None:
-    try:
-        before = render(tokenizer, messages[:number], prompt=True)
-        past = render(tokenizer, messages[: number + 1])
-    except TokenizerError:  # of half a conversation, a template may refuse to make anything
-        return None
-    return (len(before), len(past)) if past.startswith(before) and text.startswith(past) else None
+    heard = hear(tokenizer, messages, tools=tools, documents=documents)
+    return heard.text, heard.assistant

@@ -16,84 +16,23 @@ from rich.console import Console
 
 import jpeft
 from jpeft.atomic import write_text
-from jpeft.errors import JpeftError
-from jpeft.spec import Spec
 from jpeft_interop import data, processes, train
-from jpeft_interop.base import CAUSAL_LM, CLASSIFICATION, TASKS, Base, load_base
+from jpeft_interop.base import CAUSAL_LM, TASKS, Base, load_base
+from jpeft_interop.examples import Examples, described, examples_for, unused_fields
 from jpeft_interop.load_model import hf_folder, read_config
 from jpeft_interop.method_defaults import for_run
 from jpeft_interop.metrics import MetricsLog
 from jpeft_interop.plot import plot_loss, plot_ranks
 from jpeft_interop.progress import watched
 from jpeft_interop.run_place import RunPlace
+from jpeft_interop.run_settings import Settings as Settings
+from jpeft_interop.run_settings import SettingsError as SettingsError
 from jpeft_interop.save_peft import save_peft
 from jpeft_interop.snapshots import Snapshots, discard, fingerprint, fingerprint_of_rows
-from jpeft_interop.tokenizer import Tokenizer, load_tokenizer
+from jpeft_interop.tokenizer import load_tokenizer
 
 ADAPTER, METRICS, LABELS, SNAPSHOTS = "adapter", "metrics.jsonl", "labels.json", "checkpoints"
 PLOT, RANKS = "loss.png", "ranks.png"
-
-
-RATES = {"lora": 5e-4, "dora": 5e-4, "adalora": 2e-3, "ia3": 5e-3}  # the highest learning rate, if none is given
-
-
-class SettingsError(JpeftError):
-    """A setting of a run that means nothing."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How to fine-tune.
-
-    Attributes:
-      spec: the adapter. An AdaLoRA without `total_steps` gets a schedule for the run; an IA³ of `all-linear` gets the
-        targets that are usual for the model.
-      task: `causal-lm` or `classification`.
-      lr: the highest learning rate; `RATES` by method if None.
-      warmup: the share of the steps in which it rises.
-      weight_decay: of AdamW, on the adapter.
-      clip: the norm that gradients are clipped to.
-      steps: how many; if None, as many as `epochs` take.
-      epochs: passes over the data.
-      batch_size: rows a step.
-      accumulate: parts that a batch is split into, to save memory.
-      seq_len: tokens a row.
-      holdout: the share of examples held out.
-      seed: of everything drawn.
-      save_every: steps between snapshots.
-      dtype: of the base's params; the weights' own if None.
-      whole_txt: a .txt file is one document.
-      remat: save memory by computing again.
-    """
-
-    spec: Spec
-    task: str = "causal-lm"
-    lr: float | None = None
-    warmup: float = 0.05
-    weight_decay: float = 0.0
-    clip: float = 1.0
-    steps: int | None = None
-    epochs: float = 1.0
-    batch_size: int = 4
-    accumulate: int = 1
-    seq_len: int = 256
-    holdout: float = 0.1
-    seed: int = 0
-    save_every: int = 50
-    dtype: str | None = None
-    whole_txt: bool = False
-    remat: bool = False
-
-    def __post_init__(self) -> None:
-        if self.task not in TASKS:
-            raise SettingsError(f"task must be one of {', '.join(TASKS)}; found {self.task!r}")
-        if self.lr is None:
-            object.__setattr__(self, "lr", RATES[self.spec.method])
-        for name in ("lr", "clip", "epochs", "batch_size", "accumulate", "save_every"):
-            if not getattr(self, name) > 0:
-                raise SettingsError(f"{name} must be above 0; found {getattr(self, name)!r}")
-        if self.batch_size % self.accumulate:
-            raise SettingsError(f"a batch of {self.batch_size} rows can't be split into {self.accumulate} equal parts")
 
 
 @dataclass(frozen=True)
@@ -111,16 +50,6 @@ class Result:
     before: train.Score | None
     after: train.Score | None
     stopped: bool = False
-
-
-@dataclass(frozen=True)
-class Examples:
-    """The data of a run, as rows."""
-
-    rows: data.Rows
-    held_out: data.Rows | None
-    labels: data.Labels | None = None
-    truncated: int = 0
 
 
 def finetune(
@@ -163,7 +92,9 @@ def finetune(
         steps = steps_for(settings, examples.rows)
         adapter = adapter_for(base, settings, examples.rows, steps)
     console.print(f"{jpeft.count(base.params, adapter)}", highlight=False)
-    console.print(described(examples, steps, settings), highlight=False)
+    console.print(described(examples, steps, settings), highlight=False, markup=False)
+    for line in unused_fields(examples.unused):
+        console.print(line, style="yellow", highlight=False, markup=False)
     if not resume and processes.first():
         discard(out / SNAPSHOTS)
     processes.together("snapshots are dropped, or stay")
@@ -173,20 +104,6 @@ def finetune(
     _write(out, state, base, examples, log, place)
     processes.together("all is written")
     return Result(steps, log.scores.get(0), log.scores.get(steps))
-
-
-def examples_for(file: str | Path, tokenizer: Tokenizer, settings: Settings) -> Examples:
-    """The rows of a file, some of them held out."""
-    share, seed, length = settings.holdout, settings.seed, settings.seq_len
-    if TASKS[settings.task] is CLASSIFICATION:
-        texts = data.read_labelled(file)
-        labels, (learnt, held_out) = data.labels_of(texts), data.split(texts, share, seed)
-        rows = lambda part: data.padded(part, tokenizer, length, labels)
-        cut = data.truncated(texts, tokenizer, length)
-        return Examples(rows(learnt), rows(held_out) if held_out else None, labels, cut)
-    learnt, held_out = data.split(data.read(file, whole=settings.whole_txt), share, seed)
-    rows = lambda part: data.packed(part, tokenizer, length)
-    return Examples(rows(learnt), rows(held_out) if held_out else None)
 
 
 def base_for(model: str | Path, settings: Settings, labels: data.Labels | None, place: RunPlace | None = None) -> Base:
@@ -211,14 +128,6 @@ def steps_for(settings: Settings, rows: data.Rows) -> int:
     if settings.steps is not None:
         return settings.steps
     return max(1, math.ceil(settings.epochs * data.size_of(rows) / settings.batch_size))
-
-
-def described(examples: Examples, steps: int, settings: Settings) -> str:
-    """What is trained on, in a line."""
-    held_out = data.size_of(examples.held_out) if examples.held_out else 0
-    rows, length = examples.rows["input_ids"].shape
-    cut = f", {examples.truncated} texts cut to {settings.seq_len} tokens" if examples.truncated else ""
-    return f"{rows} rows of {length} tokens, {held_out} held out{cut}; {steps} steps of {settings.batch_size} rows"
 
 
 def _train(
@@ -305,7 +214,7 @@ def scorer_for(
 
 def _run(base: Base, adapter: jpeft.Adapter, examples: Examples, steps: int, settings: Settings) -> dict[str, Any]:
     """What the run is made of: whatever changes its result."""
-    made_elsewhere = ("spec", "steps", "epochs", "holdout", "seq_len", "save_every", "whole_txt")
+    made_elsewhere = ("spec", "steps", "epochs", "holdout", "seq_len", "save_every", "whole_txt", "train_on")
     plain = {name: value for name, value in vars(settings).items() if name not in made_elsewhere}
     return {
         "spec": dataclasses.asdict(adapter.spec),

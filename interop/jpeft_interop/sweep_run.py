@@ -20,10 +20,11 @@ from jpeft.atomic import write_text
 from jpeft.spec import Spec
 from jpeft_interop import data, finetune, sweep, train
 from jpeft_interop.base import CLASSIFICATION, TASKS, Base
-from jpeft_interop.finetune import Settings, SettingsError
+from jpeft_interop.examples import described, examples_for, unused_fields
 from jpeft_interop.load_model import hf_folder
 from jpeft_interop.metrics import MetricsLog
 from jpeft_interop.progress import watched
+from jpeft_interop.run_settings import Settings, SettingsError
 from jpeft_interop.save_peft import save_peft
 from jpeft_interop.sweep_plot import Curve, plot_sweep, smoothed
 from jpeft_interop.tokenizer import load_tokenizer
@@ -112,7 +113,7 @@ def run(
     """
     out, shared = Path(out), next(iter(runs.values()))
     with console.status("Reading the data …"):
-        examples = finetune.examples_for(file, load_tokenizer(hf_folder(model)), shared)
+        examples = examples_for(file, load_tokenizer(hf_folder(model)), shared)
     with console.status("Loading the model …"):
         base = finetune.base_for(model, shared, examples.labels)
         steps = finetune.steps_for(shared, examples.rows)
@@ -120,7 +121,9 @@ def run(
     programs = len(_groups(adapters))
     compiled = "one compiled step" if programs == 1 else f"{programs} compiled steps"
     console.print(f"{len(runs)} runs over one base, {compiled}", highlight=False)
-    console.print(finetune.described(examples, steps, shared), highlight=False)
+    console.print(described(examples, steps, shared), highlight=False, markup=False)
+    for line in unused_fields(examples.unused):
+        console.print(line, style="yellow", highlight=False, markup=False)
     score = finetune.scorer_for(base, examples, shared, console)
     before = score(next(iter(adapters.values())))
     states, logs = _train(base, adapters, runs, examples.rows, steps, out, console)

@@ -33,12 +33,14 @@ class Tokenizer:
       special: special tokens by what they are for: `bos_token`, `eos_token`, `pad_token` and so on.
       chat_template: Jinja source, or None.
       folder: where it came from, for error messages.
+      tool_chat_template: Jinja source for conversations with tools, where the folder has one of its own for them.
     """
 
     backend: tokenizers.Tokenizer
     special: Mapping[str, str]
     chat_template: str | None
     folder: str
+    tool_chat_template: str | None = None
 
     def encode(self, text: str, *, special: bool = True) -> np.ndarray:
         """The ids of a text, int32; with the special tokens that the tokenizer puts around every text, if `special`."""
@@ -100,7 +102,8 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     backend.no_padding()
     backend.no_truncation()
     config = _json_object(folder / "special_tokens_map.json") | _json_object(folder / "tokenizer_config.json")
-    return Tokenizer(backend, _special(config), _template(folder, config), str(folder))
+    templates = _templates(folder, config)
+    return Tokenizer(backend, _special(config), templates.get("default"), str(folder), templates.get("tool_use"))
 
 
 def _json_object(path: Path) -> dict[str, Any]:
@@ -122,14 +125,20 @@ def _special(config: Mapping[str, Any]) -> dict[str, str]:
     return {role: token for role, token in found.items() if isinstance(token, str)}
 
 
-def _template(folder: Path, config: Mapping[str, Any]) -> str | None:
-    """The chat template: a file of its own, or a field, which may hold several by name."""
-    if (folder / "chat_template.jinja").exists():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    found = config.get("chat_template")
+def _templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """Read the chat templates by name: files of their own, or a field, which may hold several."""
+    found = _named(config.get("chat_template"))
+    files = {"default": folder / "chat_template.jinja"}
+    files |= {path.stem: path for path in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
+    there = {name: path.read_text(encoding="utf-8") for name, path in files.items() if path.is_file()}
+    return there or found
+
+
+def _named(found: Any) -> dict[str, str]:
     if isinstance(found, list):
-        found = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}.get("default")
-    return found if isinstance(found, str) else None
+        found = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
+    named = found if isinstance(found, dict) else {"default": found}
+    return {name: template for name, template in named.items() if isinstance(template, str)}
 
 
 def _through_transformers(folder: Path) -> Tokenizer:
@@ -151,4 +160,5 @@ def _through_transformers(folder: Path) -> Tokenizer:
     backend.no_padding()
     backend.no_truncation()
     special = {role: str(getattr(slow, role)) for role in SPECIAL if getattr(slow, role, None) is not None}
-    return Tokenizer(backend, special, slow.chat_template, str(folder))
+    templates = _named(slow.chat_template)
+    return Tokenizer(backend, special, templates.get("default"), str(folder), templates.get("tool_use"))

@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 import jpeft
@@ -26,6 +27,7 @@ from jpeft import xlora
 from jpeft.atomic import write_text
 from jpeft.errors import JpeftError
 from jpeft_interop import data, train, xlora_train
+from jpeft_interop.examples import learnt_tokens, unused_fields
 from jpeft_interop.load_model import load_model
 from jpeft_interop.load_peft import load_peft
 from jpeft_interop.packaged import smollm2_folder
@@ -60,11 +62,15 @@ class Text:
       name: what it is called.
       rows: to learn from.
       held_out: to look at.
+      learnt: by who says them, how many tokens are learnt and how many there are.
+      unused: the fields of its file that nothing uses, and how many rows have them.
     """
 
     name: str
     rows: data.Rows
     held_out: data.Rows
+    learnt: Mapping[str, tuple[int, int]]
+    unused: Mapping[str, int]
 
 
 @dataclass(frozen=True)
@@ -79,6 +85,7 @@ class Settings:
       model: a Hugging Face folder of a causal language model, SmolLM2-135M from its package if None.
       texts: files, one a kind of text; the documentation and the source of Python if empty.
       experts: PEFT folders of experts; if empty, one is trained on each kind of text.
+      train_on: what is learnt of a conversation: what the `assistant` says, or `all` of it.
     """
 
     spec: xlora.XLoRA
@@ -88,6 +95,7 @@ class Settings:
     model: Path | None = None
     texts: tuple[Path, ...] = ()
     experts: tuple[Path, ...] = ()
+    train_on: str = data.ASSISTANT
 
 
 def run(out: str | Path, settings: Settings, *, console: Console) -> dict[str, xlora_train.Usage]:
@@ -143,12 +151,15 @@ def _texts(settings: Settings, tokenizer: Tokenizer) -> list[Text]:
     documents: dict[str, list[Any]] = {"prose": list(topics()), "code": source()}
     if settings.texts:
         documents = {path.stem: list(data.read(path)) for path in settings.texts}
-    return [_text(name, found, tokenizer, settings.seed) for name, found in documents.items()]
+    return [_text(name, found, tokenizer, settings) for name, found in documents.items()]
 
 
-def _text(name: str, documents: list[Any], tokenizer: Tokenizer, seed: int) -> Text:
-    learnt, held_out = data.split(documents, HELD_OUT, seed)
-    return Text(name, data.packed(learnt, tokenizer, LENGTH), data.packed(held_out, tokenizer, LENGTH))
+def _text(name: str, documents: list[Any], tokenizer: Tokenizer, settings: Settings) -> Text:
+    lessons = [data.lesson(document, tokenizer, settings.train_on) for document in documents]
+    learnt, held_out = data.split(lessons, HELD_OUT, settings.seed)
+    rows = lambda part: data.blocks(part, tokenizer.eos, LENGTH)
+    unused = data.unused(one.fields for one in lessons)
+    return Text(name, rows(learnt), rows(held_out), data.learnt_by_role(learnt), unused)
 
 
 def source() -> list[data.Document]:
@@ -231,6 +242,9 @@ def _introduce(console: Console, made: xlora.Mixture, texts: Sequence[Text]) -> 
     for text in texts:
         sizes = (data.size_of(text.rows), data.size_of(text.held_out))
         table.add_row(f"[bold]text {text.name}", f"{sizes[0]} blocks of {LENGTH} tokens, {sizes[1]} held out")
+        table.add_row("", escape(learnt_tokens(text.learnt)))
+        for line in unused_fields(text.unused):
+            table.add_row("", escape(line), style="yellow")
     kind = "its own scalings for each adapted weight" if made.spec.layerwise else "one scaling for all weights"
     table.add_row("[bold]classifier", f"depth {made.spec.depth}, {kind}")
     console.print(table, highlight=False)

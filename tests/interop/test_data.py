@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jpeft_interop import data
-from jpeft_interop.tokenizer import load_tokenizer
+from jpeft_interop.tokenizer import TokenizerError, load_tokenizer
 from tiny_folder import write_tokenizer
 
 
@@ -62,7 +62,7 @@ BROKEN = {
     "empty text": ("a.jsonl", '{"text": " "}', r"a\.jsonl:1: the text is empty"),
     "no messages": ("a.jsonl", '{"messages": []}', r"a\.jsonl:1: expected `messages`"),
     "no content": ("a.jsonl", '{"messages": [{"role": "user"}]}', r"a\.jsonl:1, message 1: expected"),
-    "tools": ("a.jsonl", '{"messages": [{"role": "a", "content": "b", "tool": 1}]}', r"message 1: expected"),
+    "no role": ("a.jsonl", '{"messages": [{"role": 1, "content": "b"}]}', r"message 1: expected"),
     "header": ("a.csv", "one,two\n1,2", r"a\.csv:1: expected a header"),
     "fields": ("a.csv", "text,label\na,b\nc,d,e", r"a\.csv:3: expected 2 fields.*found 3"),
     "quotes": ("a.csv", 'text,label\n"a"b,c', r"a\.csv:2: not CSV"),
@@ -153,10 +153,13 @@ def test_of_a_conversation_the_assistants_turns_are_learnt(tokenizer):
     )
 
 
-def test_a_template_that_hides_the_turns_is_learnt_whole(tmp_path):
+def test_a_template_that_hides_the_turns_is_learnt_whole_if_asked(tmp_path):
     drops = "{% for m in messages %}{{ m['content'] if m['role'] == 'user' or loop.last else '' }}<|end|>{% endfor %}"
     tokenizer = load_tokenizer(write_tokenizer(tmp_path, chat_template=drops))
-    rows = data.packed([conversation("zyx", "no", "b", "dog")], tokenizer, 64)
+    talk = [conversation("zyx", "no", "b", "dog")]
+    with pytest.raises(TokenizerError, match="f:1: .*message 2.*--train-on all"):
+        data.packed(talk, tokenizer, 64)
+    rows = data.packed(talk, tokenizer, 64, train_on="all")
     learnt = tokenizer.decode(rows["labels"][rows["labels"] != data.IGNORE], special=True)
     assert learnt == "yx<|end|><|end|>b<|end|>dog<|end|>"  # the user's words, too; the first token follows nothing
 

@@ -1,15 +1,19 @@
 """`jpeft finetune`, from files to a folder that PEFT reads; and what interrupts it."""
 
 import json
+import re
+import shutil
 import sys
 
 import jax
 import pytest
 from typer.testing import CliRunner
 
+import jpeft
 from jpeft_interop.base import load_adapted
 from jpeft_interop.cli import main
 from jpeft_interop.cli.app import app
+from jpeft_interop.finetune import Settings, SettingsError
 from jpeft_interop.metrics import MetricsLog
 from jpeft_interop.snapshots import ResumeError, Snapshots
 from jpeft_interop.tokenizer import load_tokenizer
@@ -170,10 +174,38 @@ def test_conversations_are_learnt(place):
     ]
     result = run(place / "llama", "--data", place / "chats.jsonl", "--out", place / "chats", *options)
     assert result.exit_code == 0, result.output
+    counted = re.search(r"tokens learnt: assistant (\d+) of (\d+), user 0 of (\d+), template 0 of (\d+)", result.output)
+    assert counted, result.output
+    taught, assistant, user, template = map(int, counted.groups())
+    tokenizer = load_tokenizer(place / "llama")
+    ids = tokenizer.encode("<|user|>a cat?<|end|><|assistant|>no, the dog<|end|>")
+    assert taught == assistant == 4 * len(tokenizer.encode("no, the dog<|end|>"))
+    assert assistant + user + template == 4 * len(ids) and "without use" not in result.output
     rows = [json.loads(line) for line in (place / "chats" / "metrics.jsonl").read_text().splitlines()]
     assert [row["kind"] for row in rows] == ["training", "training"] and 0 < rows[0]["labels"] < 16
     config = json.loads((place / "chats" / "adapter" / "adapter_config.json").read_text())
     assert len(config["target_modules"]) == 7 and config["use_rslora"] and config["lora_alpha"] == 16
+
+
+def test_all_is_learnt_where_it_is_asked_for_and_unused_fields_are_told(place, tmp_path, capsys, monkeypatch):
+    shutil.copytree(place / "llama", tmp_path / "llama")
+    hides = "{% for m in messages %}{{ m.content if loop.last or m.role == 'user' }}<|end|>{% endfor %}"
+    (tmp_path / "llama" / "chat_template.jinja").write_text(hides)
+    says = [{"role": role, "content": "a cat"} for role in ("user", "assistant")]
+    rows = [{"text": "the dog"}, {"messages": says * 2, "id[red]": 1, "tools": [{"name": "f"}]}]
+    (tmp_path / "chats.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    command = [tmp_path / "llama", "--data", tmp_path / "chats.jsonl", "--out", tmp_path / "out"]
+    options = ["--steps", "1", "--batch-size", "1", "--seq-len", "8", "--holdout", "0", "--targets", "q_proj"]
+    code, error = told(capsys, monkeypatch, "finetune", *command, *options)
+    error = " ".join(error.split())
+    assert code == 1 and "chats.jsonl:2: " in error and "message 2" in error and "--train-on all" in error
+    result = run(*command, *options, "--train-on", "all")
+    output = " ".join(result.output.split())
+    assert result.exit_code == 0, output
+    tokens = lambda text: len(load_tokenizer(place / "llama").encode(text))
+    document, talk = tokens("the dog<|end|>"), tokens("a cat<|end|><|end|>a cat<|end|>a cat<|end|>")
+    assert f"tokens learnt: documents {document} of {document}, conversations {talk} of {talk}" in output
+    assert "without use: id[red] (1 row), tools (1 row)" in output
 
 
 def told(capsys, monkeypatch, *arguments):
@@ -194,6 +226,14 @@ BAD = {
     "parts": (["{place}/llama", "--data", "{place}/notes.txt", "--accumulate", "3"], "into 3 equal parts"),
     "rate": (["{place}/llama", "--data", "{place}/notes.txt", "--lr", "0"], "lr must be above 0"),
 }
+
+
+@pytest.mark.parametrize("command", ["finetune", "sweep", "xlora"])
+def test_what_is_learnt_of_conversations_is_a_choice(command):
+    refused = CliRunner().invoke(app, [command, "model", "--train-on", "user"])
+    assert refused.exit_code == 2 and "'assistant', 'all'" in " ".join(refused.output.split())
+    with pytest.raises(SettingsError, match="train_on must be one of assistant, all; found 'user'"):
+        Settings(jpeft.LoRA(), train_on="user")
 
 
 @pytest.mark.parametrize("row", BAD)

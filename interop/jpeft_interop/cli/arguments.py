@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -18,6 +19,19 @@ AdapterOption = Annotated[
     typer.Option("--adapter", "-a", help="A PEFT folder, or a jpeft .safetensors file.", show_default=False),
 ]
 CONFIG = "config.json"
+
+
+class TrainOn(StrEnum):
+    """What is learnt of a conversation."""
+
+    assistant = "assistant"
+    all = "all"
+
+
+TrainOnOption = Annotated[
+    TrainOn,
+    typer.Option(help="Of conversations, learn what the assistant says, or every token.", rich_help_panel="Data"),
+]
 
 
 def require_model(path: Path) -> None:

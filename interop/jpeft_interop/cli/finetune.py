@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import BadParameter, Exit, Option
 
-from jpeft_interop.cli.arguments import ModelArgument, require_model
+from jpeft_interop.cli.arguments import ModelArgument, TrainOn, TrainOnOption, require_model
 
 if TYPE_CHECKING:
     from jpeft.spec import Spec
@@ -58,6 +58,7 @@ def finetune(
     whole_txt: Annotated[
         bool, Option("--whole-txt", help="A .txt is one document, not parted by blank lines.", rich_help_panel=DATA)
     ] = False,
+    train_on: TrainOnOption = TrainOn.assistant,
     method: Annotated[
         Method, Option(help="How: low-rank (lora, dora, adalora) or by scaling (ia3).", rich_help_panel=ADAPTER)
     ] = Method.lora,
@@ -158,6 +159,9 @@ def finetune(
     just so, elsewhere with --coordinator, --processes and --process-id. OUT is
     then a folder that all of them see; process 0 writes and prints.
 
+    Of a conversation what the assistant says is learnt, as far as the model's
+    chat template lets one tell; a template that does not is an error.
+
     [bold]Examples[/]
 
       jpeft finetune SmolLM2 --data notes.txt --out run --epochs 3
@@ -194,6 +198,7 @@ def finetune(
         save_every=save_every,
         dtype=dtype and dtype.value,
         whole_txt=whole_txt,
+        train_on=train_on.value,
         remat=remat,
     )
     console = Console()

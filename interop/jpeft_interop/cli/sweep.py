@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from typer import Argument, BadParameter, Option
 
-from jpeft_interop.cli.arguments import ModelArgument, require_model
+from jpeft_interop.cli.arguments import ModelArgument, TrainOn, TrainOnOption, require_model
 from jpeft_interop.cli.finetune import ADAPTER, DATA, RUN, TRAINING, Dtype, Method, Task, targets_of
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ def sweep(
     whole_txt: Annotated[
         bool, Option("--whole-txt", help="A .txt is one document, not parted by blank lines.", rich_help_panel=DATA)
     ] = False,
+    train_on: TrainOnOption = TrainOn.assistant,
     method: Annotated[Method, Option(help="lora or dora.", rich_help_panel=ADAPTER)] = Method.lora,
     targets: Annotated[
         str,
@@ -123,6 +124,7 @@ def sweep(
         holdout=holdout,
         dtype=dtype and dtype.value,
         whole_txt=whole_txt,
+        train_on=train_on.value,
         remat=remat,
     )
     run(model, data, out, grid(shared, specs, rates, seeds), console=Console())

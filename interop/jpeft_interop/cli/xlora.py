@@ -7,7 +7,7 @@ from typing import Annotated
 
 from typer import Option
 
-from jpeft_interop.cli.arguments import require_adapter, require_model
+from jpeft_interop.cli.arguments import TrainOn, TrainOnOption, require_adapter, require_model
 
 CLASSIFIER, TRAINING, RUN = "The classifier", "Training", "The run"
 
@@ -32,6 +32,7 @@ def xlora(
             rich_help_panel=RUN,
         ),
     ] = None,
+    train_on: TrainOnOption = TrainOn.assistant,
     model: Annotated[
         Path | None,
         Option(
@@ -95,5 +96,5 @@ def xlora(
         top_k=top_k,
         train_experts=train_experts,
     )
-    settings = Settings(spec, expert_steps, steps, seed, model, tuple(data or ()), tuple(experts or ()))
+    settings = Settings(spec, expert_steps, steps, seed, model, tuple(data or ()), tuple(experts or ()), train_on.value)
     run(out, settings, console=Console())

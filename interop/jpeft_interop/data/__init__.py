@@ -5,6 +5,13 @@ from jpeft_interop.data.batches import shuffled as shuffled
 from jpeft_interop.data.errors import DataError as DataError
 from jpeft_interop.data.labels import Labels as Labels
 from jpeft_interop.data.labels import labels_of as labels_of
+from jpeft_interop.data.lessons import ALL as ALL
+from jpeft_interop.data.lessons import ASSISTANT as ASSISTANT
+from jpeft_interop.data.lessons import TRAIN_ON as TRAIN_ON
+from jpeft_interop.data.lessons import Lesson as Lesson
+from jpeft_interop.data.lessons import learnt_by_role as learnt_by_role
+from jpeft_interop.data.lessons import lesson as lesson
+from jpeft_interop.data.lessons import unused as unused
 from jpeft_interop.data.read import read as read
 from jpeft_interop.data.read import read_labelled as read_labelled
 from jpeft_interop.data.records import Conversation as Conversation
@@ -14,6 +21,7 @@ from jpeft_interop.data.records import Message as Message
 from jpeft_interop.data.records import Record as Record
 from jpeft_interop.data.rows import IGNORE as IGNORE
 from jpeft_interop.data.rows import Rows as Rows
+from jpeft_interop.data.rows import blocks as blocks
 from jpeft_interop.data.rows import packed as packed
 from jpeft_interop.data.rows import padded as padded
 from jpeft_interop.data.rows import size_of as size_of

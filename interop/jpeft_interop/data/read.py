@@ -1,6 +1,6 @@
 """Files of examples: .txt (documents apart by blank lines), .jsonl (`text` or `messages`), .csv (`text`, `label`).
 
-Every row is used or named in an error; none is skipped.
+Every row is used or named in an error; none is skipped. Fields that nothing uses are noted in the records.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 
 from jpeft.strict_json import open_file, parse_json_object
 from jpeft_interop.data.errors import DataError
-from jpeft_interop.data.records import Conversation, Document, Labelled, Message, Record
+from jpeft_interop.data.read_conversation import conversation, unused
+from jpeft_interop.data.records import Document, Labelled, Record
 
 SHOWN = 10  # fields, in an error
 T = TypeVar("T")
@@ -25,7 +26,8 @@ def read(path: str | Path, *, whole: bool = False) -> list[Record]:
     r"""What a language model learns: all documents and conversations of a file, in its order.
 
     Args:
-      path: a .txt, .jsonl (`text` or `messages`) or .csv (`text`) file, UTF-8.
+      path: a .txt, .jsonl (`text`, or `messages` and what chat templates read beside them, `tools` and `documents`) or
+        .csv (`text`) file, UTF-8.
       whole: a .txt file is one document; otherwise blank lines part documents.
 
     Raises:
@@ -151,15 +153,15 @@ def _unlabelled(row: Mapping[str, Any], where: str) -> Record:
     if "messages" in row and "text" in row:
         raise DataError(f"{where}: expected `text` or `messages`; found both")
     if "messages" in row:
-        return Conversation(_messages(row["messages"], where), where)
-    return Document(_text(row, where, "`text` or `messages`"), where)
+        return conversation(row, where)
+    return Document(_text(row, where, "`text` or `messages`"), where, unused(row, "text"))
 
 
 def _labelled(row: Mapping[str, Any], where: str) -> Labelled:
     text, label = _text(row, where, "`text` and `label`"), row.get("label")
     if isinstance(label, bool) or not isinstance(label, (str, int)) or label == "":
         raise DataError(f"{where}: expected a `label`, a string or an integer; found {label!r:.100}")
-    return Labelled(text, label, where)
+    return Labelled(text, label, where, unused(row, "text", "label"))
 
 
 def _text(row: Mapping[str, Any], where: str, expected: str) -> str:
@@ -174,17 +176,3 @@ def _text(row: Mapping[str, Any], where: str, expected: str) -> str:
 def _fields(row: Mapping[str, Any]) -> str:
     shown = [f"{name:.60} ({type(value).__name__})" for name, value in list(row.items())[:SHOWN]]
     return ", ".join([*shown, "…"] if len(row) > SHOWN else shown) or "no fields"
-
-
-def _messages(messages: Any, where: str) -> tuple[Message, ...]:
-    if not isinstance(messages, list) or not messages:
-        raise DataError(f"{where}: expected `messages`, a list of at least one; found {messages!r:.60}")
-    return tuple(_message(message, f"{where}, message {number}") for number, message in enumerate(messages, 1))
-
-
-def _message(message: Any, where: str) -> Message:
-    fields = message if isinstance(message, dict) else {}
-    role, content = fields.get("role"), fields.get("content")
-    if not isinstance(role, str) or not isinstance(content, str) or len(fields) != 2:
-        raise DataError(f"{where}: expected an object of two strings, `role` and `content`; found {message!r:.60}")
-    return Message(role, content)

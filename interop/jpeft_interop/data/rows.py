@@ -12,70 +12,59 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from jpeft_interop.chat import with_spans
 from jpeft_interop.data.errors import DataError
 from jpeft_interop.data.labels import Labels
-from jpeft_interop.data.records import Conversation, Labelled, Record
+from jpeft_interop.data.lessons import ASSISTANT, Lesson, lesson
+from jpeft_interop.data.records import Labelled, Record
 from jpeft_interop.tokenizer import Tokenizer
 
 IGNORE = -100
 Rows = dict[str, np.ndarray]
-Tokens = tuple[np.ndarray, np.ndarray]
 
 
-def packed(records: Sequence[Record], tokenizer: Tokenizer, length: int) -> Rows:
+def packed(records: Sequence[Record], tokenizer: Tokenizer, length: int, *, train_on: str = ASSISTANT) -> Rows:
     """Documents and conversations, one after the other, cut into blocks of `length` tokens.
 
-    A document ends with the end-of-text token. Of a conversation the assistant's turns are learnt, or all of it if its
-    template does not let one tell. Every token but the first of all is a label once; the last block is filled up with
-    the end-of-text token, unlearnt.
+    A document ends with the end-of-text token. Of a conversation the assistant's turns are learnt. Every token but the
+    first of all is a label once; the last block is filled up with the end-of-text token, unlearnt.
 
     Args:
       records: at least one.
       tokenizer: the model's.
       length: tokens in a block.
+      train_on: `assistant`, or `all` to learn every token of a conversation.
 
     Returns:
       `input_ids` and `labels`, int32, (blocks, length).
 
     Raises:
       DataError: there is nothing to learn in the records.
-      TokenizerError: conversations, and no chat template.
+      TokenizerError: conversations, and no chat template, or one that does not let one tell what the assistant says.
     """
-    pairs = [_tokens(record, tokenizer) for record in records]
-    ids, learnt = (np.concatenate(parts) for parts in zip(*pairs, strict=True))
+    lessons = [lesson(record, tokenizer, train_on) for record in records]
+    return blocks(lessons, tokenizer.eos, length)
+
+
+def blocks(lessons: Sequence[Lesson], eos: int, length: int) -> Rows:
+    """Cut what `packed` cuts, already tokenised.
+
+    Args:
+      lessons: at least one.
+      eos: the end-of-text token.
+      length: tokens in a block.
+
+    Raises:
+      DataError: there is nothing to learn in them.
+    """
+    ids, learnt = (np.concatenate(parts) for parts in zip(*((one.ids, one.learnt) for one in lessons), strict=True))
     labels = np.where(learnt, ids, IGNORE)[1:]
     count = -(-len(labels) // length)
     fill = lambda row, value: np.pad(row, (0, count * length - len(row)), constant_values=value).reshape(count, length)
-    rows = {"input_ids": fill(ids[:-1], tokenizer.eos), "labels": fill(labels, IGNORE)}
-    return _with_something_learnt(rows, records)
-
-
-def _with_something_learnt(rows: Rows, records: Sequence[Record]) -> Rows:
-    """Without the blocks that teach nothing, which would be steps without a gradient."""
-    kept = (rows["labels"] != IGNORE).any(axis=1)
+    rows = {"input_ids": fill(ids[:-1], eos), "labels": fill(labels, IGNORE)}
+    kept = (rows["labels"] != IGNORE).any(axis=1)  # a block that teaches nothing would be a step without a gradient
     if not kept.any():
-        raise DataError(f"{records[0].where} and {len(records) - 1} more examples hold nothing to learn")
+        raise DataError(f"{lessons[0].where} and {len(lessons) - 1} more examples hold nothing to learn")
     return {name: array[kept] for name, array in rows.items()}
-
-
-def _tokens(record: Record, tokenizer: Tokenizer) -> Tokens:
-    """(n,) ids and whether each is learnt."""
-    if isinstance(record, Conversation):
-        return _conversation_tokens(record, tokenizer)
-    ids = tokenizer.encode(record.text)
-    ids = ids if len(ids) and ids[-1] == tokenizer.eos else np.append(ids, np.int32(tokenizer.eos))
-    return ids, np.ones(len(ids), bool)
-
-
-def _conversation_tokens(conversation: Conversation, tokenizer: Tokenizer) -> Tokens:
-    turns = [{"role": message.role, "content": message.content} for message in conversation.messages]
-    text, spans = with_spans(tokenizer, turns)
-    ids, places = tokenizer.spans(text)
-    if spans is None:
-        return ids, np.ones(len(ids), bool)
-    learnt = [(places[:, 0] >= start) & (places[:, 1] <= end) for start, end in spans]
-    return ids, np.any(learnt, axis=0) if learnt else np.zeros(len(ids), bool)
 
 
 def padded(records: Sequence[Labelled], tokenizer: Tokenizer, length: int, labels: Labels) -> Rows:
