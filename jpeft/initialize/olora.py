@@ -10,9 +10,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax.numpy as jnp
-
 from jpeft.adapter import Adapter
+from jpeft.initialize import decompose
 from jpeft.initialize.factors import Factors, Initialized, Target, check_rank, start, targets
 
 
@@ -40,5 +39,5 @@ def olora(adapter: Adapter, params: Any) -> Initialized:
 def _factors(target: Target) -> Factors:
     site = target.site
     check_rank(site, min(site.kernel.fan_in, site.kernel.fan_out))
-    q, r = jnp.linalg.qr(target.w.mT)
+    q, r = decompose.qr(target.w.mT)
     return Factors(r[..., : site.rank, :].mT, q[..., : site.rank].mT)
