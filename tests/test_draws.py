@@ -19,7 +19,6 @@ def starts(spec, dtype):
 
 UNIFORM = {
     "lora": lambda dtype: starts(jpeft.LoRA(rank=6, targets=["dense"]), dtype),
-    "dora": lambda dtype: starts(jpeft.DoRA(rank=6, targets=["dense"]), dtype),
     "xlora": lambda dtype: lambda key: classifier.init(key, XLORA, 37, (3,), dtype),
 }
 NORMAL = {
@@ -33,25 +32,15 @@ def assert_equal(one, other):
     jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.float32(x), np.float32(y)), one, other)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("name", [*UNIFORM, *NORMAL])
 def test_a_start_under_jit_is_the_start_outside(name, dtype):
     draw, key = (UNIFORM | NORMAL)[name](dtype), jax.random.key(5)
     assert_equal(jax.jit(draw)(key), draw(key))
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("name", UNIFORM)
 def test_a_uniform_start_does_not_depend_on_the_compiler_s_options(name, dtype):
     draw, key = UNIFORM[name](dtype), jax.random.key(5)
     assert_equal(jax.jit(draw)(key), jax.jit(draw, compiler_options=QUICK)(key))
-
-
-@pytest.mark.parametrize("name", UNIFORM)
-def test_a_uniform_start_is_multiplied_once(name):
-    """Its values are the bound times a number that has 23 bits after the point, as float64 says."""
-    key, bound = jax.random.key(5), np.float32(1 / 37**0.5)
-    values = [x for x in jax.tree.leaves(UNIFORM[name](jnp.float32)(key)) if np.any(x)]
-    for x in values[:1]:
-        numbers = np.round(np.asarray(x, np.float64) / bound * 2**23) / 2**23
-        np.testing.assert_array_equal(x, bound * np.float32(numbers))

@@ -37,4 +37,4 @@ def _for_numpy(m: Array) -> bool:
     if isinstance(m, Tracer) or m.dtype != jnp.float32 or not m.size:
         return False
     on_one_cpu = jax.default_backend() == "cpu" and len(m.devices()) == 1
-    return on_one_cpu and bool(jnp.isfinite(m).all())
+    return on_one_cpu and bool(np.isfinite(np.asarray(m)).all())
