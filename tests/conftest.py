@@ -17,6 +17,7 @@ HERE = Path(__file__).parent
 AS_USERS_DO = {
     "test_attach.py",
     "test_attention_memory.py",
+    "test_draws.py",
     "test_flops.py",
     "test_gates.py",
     "test_generate.py",

@@ -217,18 +217,22 @@ def test_lora_ga(direction, scale):
 
 
 def test_lora_ga_scaled_by_the_weight():
-    """PEFT estimates the largest singular value: compared on weights where one stands out."""
+    """PEFT estimates the largest singular value: compared on weights where one stands out.
+
+    B takes the leading directions, which PEFT's decomposition has best.
+    """
     module = base(llama)
     with torch.no_grad():
         for layer in module.model.layers:
             weight = layer.self_attn.q_proj.weight
             weight += torch.outer(torch.ones(weight.shape[0]), torch.ones(weight.shape[1]))
     config = {"r": 8, "lora_alpha": 8, "target_modules": ["q_proj"]}
-    peft_model, gradients = lora_ga_of_peft(module, config, batches(3, 2), scale="weight_svd")
+    options = {"direction": "A2rBr", "scale": "weight_svd"}
+    peft_model, gradients = lora_ga_of_peft(module, config, batches(3, 2), **options)
     adapter, params = new_adapter(module, config)
-    new, _ = lora_ga(adapter, params, gradients, scale="weight_svd")
+    new, _ = lora_ga(adapter, params, gradients, **options)
     for path, layer in layers(peft_model).items():
-        _, rows = directions(gradients[path], 8, "ArB2r")
+        _, rows = directions(gradients[path], 8, options["direction"])
         largest = np.linalg.svd(np.asarray(flatten(params)[path], np.float64), compute_uv=False)[0]
         truth = rows * largest / np.linalg.norm(rows[0])
         ours, theirs = (with_signs_of(b, truth, 1) for b in (new.trained[path]["b"], factors_of(layer)[1]))
