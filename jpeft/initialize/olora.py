@@ -28,6 +28,7 @@ def olora(adapter: Adapter, params: Any) -> Initialized:
 
     Example:
       >>> import jax, jpeft
+      >>> import jax.numpy as jnp
       >>> params = {"kernel": jnp.array([[3.0, 0.0], [0.0, 1.0]])}
       >>> adapter = jpeft.init(jax.random.key(0), jpeft.LoRA(rank=1), params)
       >>> float(jnp.linalg.norm(olora(adapter, params).adapter.trained["kernel"]["b"]))
