@@ -8,6 +8,8 @@ STAMP := $(VENV)/.installed
 PYTHON ?= $(shell for python in python3 python3.11 python3.12 python3.13 python3.14; do \
   $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
 WORKERS ?= 2
+KERNELS ?= OPENBLAS_CORETYPE=Haswell XLA_FLAGS=--xla_cpu_max_isa=AVX2 ATEN_CPU_CAPABILITY=default \
+  $(shell grep -qsw avx512f /proc/cpuinfo && echo OPENBLAS_CORETYPE=SkylakeX)
 BENCHMARKS ?= $(filter-out benchmarks/pods.py,$(shell grep -l '^if __name__' benchmarks/*.py))
 PEERS := .venv-peers
 RELIABILITY ?= $(basename $(notdir $(shell grep -l '^if __name__' reliability/*.py)))
@@ -18,7 +20,7 @@ export PIP_BUILD_CONSTRAINT := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test lint format types bench reliability clean
+.PHONY: help setup quickstart test kernels lint format types bench reliability clean
 
 help: ## list what there is
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,8 +30,12 @@ setup: $(STAMP) ## make .venv with everything in it (all other targets do this b
 quickstart: $(STAMP) ## fine-tune SmolLM2-135M with LoRA in JAX, and check the adapter with PEFT on torch
 	$(BIN)/jpeft quickstart $(ARGS)
 
-test: $(STAMP) ## run the tests: make test ARGS="tests/test_lift.py -k scan" for some of them
+test: $(STAMP) ## run the tests: make test ARGS="tests/test_lift.py -k scan" for some, ARGS="--shuffle 1" in another order
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations 10 $(ARGS)
+
+# A value that a library does not know is ignored with a warning at most: tests/interop/test_kernels.py fails then.
+kernels: $(STAMP) ## run the tests with each set of CPU kernels that this machine can run
+	@for kernel in $(KERNELS); do echo "== $$kernel"; env $$kernel $(MAKE) test || exit 1; done
 
 lint: $(STAMP) ## ruff: rules and format
 	$(BIN)/ruff check .

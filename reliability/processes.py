@@ -106,7 +106,8 @@ def one(
         "PYTHONPATH": os.pathsep.join(paths),
         "JAX_PLATFORMS": "cpu",
         "OMP_NUM_THREADS": "1",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        # After what the environment asks for: of two values of a flag, XLA takes the last.
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}",
         "JAX_COMPILATION_CACHE_DIR": str(log.parent / "programs"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }

@@ -1,7 +1,9 @@
 """What every test has: no model hub, a key that tells its seed, strict dtype promotion for jpeft's own calls."""
 
 import os
+import random
 import zlib
+from pathlib import Path
 
 # Before anything imports transformers. A test that reaches for the hub fails at once, with a network or without.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -9,11 +11,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import jax
 import pytest
 
+HERE = Path(__file__).parent
 # Most of a test's time goes to the compiler. What looks at compiled programs, at the fast path, at real models or at
 # the README compiles as users do; the rest compares small numbers, for which it may hurry.
 AS_USERS_DO = {
     "test_attach.py",
     "test_attention_memory.py",
+    "test_draws.py",
     "test_flops.py",
     "test_gates.py",
     "test_generate.py",
@@ -28,16 +32,38 @@ AS_USERS_DO = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled_in_a_hurry(request):
-    """Compile with few optimizations, but for the modules above."""
-    jax.config.update("jax_disable_most_optimizations", request.path.name not in AS_USERS_DO)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+class Compiler:
+    """Chooses how to compile; a plugin of its own, because a fixture of this file would not reach the doctests."""
+
+    @pytest.fixture(scope="module", autouse=True)
+    @classmethod
+    def compiled_in_a_hurry(cls, request):
+        """Compile with few optimizations, but for doctests and the modules above.
+
+        To JAX a function compiled the other way is the same one, so what it has kept is dropped with each change:
+        else a module's numbers would depend on which modules ran before it.
+        """
+        hurry = HERE in request.path.parents and request.path.name not in AS_USERS_DO
+        if hurry != jax.config.read("jax_disable_most_optimizations"):
+            jax.clear_caches()
+            jax.config.update("jax_disable_most_optimizations", hurry)
+
+
+def pytest_configure(config):
+    config.pluginmanager.register(Compiler())
 
 
 def pytest_addoption(parser):
     parser.addoption("--seed", type=int, help="of the fixture `key`; each test has its own if not given")
+    parser.addoption("--shuffle", type=int, help="run the files in a random order, drawn from this number")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Shuffle the files and keep the order within each."""
+    if (drawn_from := config.getoption("--shuffle")) is not None:
+        files = sorted({item.path for item in items})
+        random.Random(drawn_from).shuffle(files)
+        items.sort(key=lambda item: files.index(item.path))
 
 
 @pytest.fixture

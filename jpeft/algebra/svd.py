@@ -11,6 +11,7 @@ import numpy as np
 from jax import Array
 
 from jpeft.errors import SpecError
+from jpeft.initialize.decompose import qr
 from jpeft.initialize.svd import SVD, svd
 
 __all__ = ["SVD", "factors", "lost", "rank_for", "svd", "thin_svd"]
@@ -21,8 +22,8 @@ def thin_svd(a: Array, b: Array) -> SVD:
     if a.shape[-1] == 0:  # argmax and the like refuse what is empty
         return SVD(a, a[..., 0, :], b)
     dot = lambda x, y: jnp.matmul(x, y, precision="highest")
-    q_a, r_a = jnp.linalg.qr(a)
-    q_b, r_b = jnp.linalg.qr(b.mT)
+    q_a, r_a = qr(a)
+    q_b, r_b = qr(b.mT)
     u, s, vh = svd(dot(r_a, r_b.mT))
     return SVD(dot(q_a, u), s, dot(vh, q_b.mT))
 

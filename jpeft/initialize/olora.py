@@ -10,9 +10,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax.numpy as jnp
-
 from jpeft.adapter import Adapter
+from jpeft.initialize import decompose
 from jpeft.initialize.factors import Factors, Initialized, Target, check_rank, start, targets
 
 
@@ -29,6 +28,7 @@ def olora(adapter: Adapter, params: Any) -> Initialized:
 
     Example:
       >>> import jax, jpeft
+      >>> import jax.numpy as jnp
       >>> params = {"kernel": jnp.array([[3.0, 0.0], [0.0, 1.0]])}
       >>> adapter = jpeft.init(jax.random.key(0), jpeft.LoRA(rank=1), params)
       >>> float(jnp.linalg.norm(olora(adapter, params).adapter.trained["kernel"]["b"]))
@@ -40,5 +40,5 @@ def olora(adapter: Adapter, params: Any) -> Initialized:
 def _factors(target: Target) -> Factors:
     site = target.site
     check_rank(site, min(site.kernel.fan_in, site.kernel.fan_out))
-    q, r = jnp.linalg.qr(target.w.mT)
+    q, r = decompose.qr(target.w.mT)
     return Factors(r[..., : site.rank, :].mT, q[..., : site.rank].mT)

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jpeft.initialize import decompose
+
 OVERSAMPLING = 8
 
 
@@ -33,7 +35,7 @@ class SVD(NamedTuple):
 
 def svd(m: Array) -> SVD:
     """All directions, exactly. The largest entry of each u is positive, so that signs are the same on any machine."""
-    u, s, vh = jnp.linalg.svd(m, full_matrices=False)
+    u, s, vh = decompose.svd(m)
     largest = jnp.take_along_axis(u, jnp.abs(u).argmax(-2, keepdims=True), -2)
     sign = jnp.where(largest < 0, -1, 1).astype(u.dtype)
     return SVD(u * sign, s, vh * sign.mT)
@@ -43,7 +45,7 @@ def randomized_svd(key: Array, m: Array, k: int, niter: int) -> SVD:
     """About the leading `k` directions, from a random sketch sharpened by `niter` power iterations."""
     width = min(k + OVERSAMPLING, *m.shape[-2:])
     dot = lambda x, y: jnp.matmul(x, y, precision="highest")
-    basis = lambda x: jnp.linalg.qr(x)[0]
+    basis = lambda x: decompose.qr(x)[0]
     q = basis(dot(m, jax.random.normal(key, (*m.shape[:-2], m.shape[-1], width), m.dtype)))
     for _ in range(niter):
         q = basis(dot(m, basis(dot(m.mT, q))))

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from jpeft.draws import gaussian
 from jpeft.kernel import Kernel
 from jpeft.method import Axes, Leaves, Meeting, Method, Shapes, Weights
 from jpeft.methods import lora
@@ -123,8 +124,8 @@ def init(key: Array, site: Site, spec: AdaLoRA, weight: Array, dtype: jnp.dtype)
     """`a` and `b`, N(0, 0.02²), and `e`, zero."""
     shape = shapes(spec, site)
     key_a, key_b = jax.random.split(key)
-    a = lora.gaussian(key_a, shape["a"], 0.02, dtype)
-    b = lora.gaussian(key_b, shape["b"], 0.02, dtype)
+    a = gaussian(key_a, shape["a"], 0.02, dtype)
+    b = gaussian(key_b, shape["b"], 0.02, dtype)
     return {"a": a, "b": b, "e": jnp.zeros(shape["e"], dtype)}
 
 

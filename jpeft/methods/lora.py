@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from jpeft.draws import gaussian, uniform
 from jpeft.kernel import Kernel
 from jpeft.low_rank import low_rank, low_rank_plain
 from jpeft.method import Axes, Leaves, Meeting, Method, Shapes, Site, Weights
@@ -156,13 +157,7 @@ def axes(kernel: Kernel) -> dict[str, Axes]:
 def _draw_a(key: Array, shape: tuple[int, ...], how: Init, fan_in: int, dtype: jnp.dtype) -> Array:
     if how == "gaussian":
         return gaussian(key, shape, 1 / max(shape[-1], 1), dtype)
-    bound = 1 / math.sqrt(max(fan_in, 1))
-    return jax.random.uniform(key, shape, dtype, -bound, bound)
-
-
-def gaussian(key: Array, shape: tuple[int, ...], deviation: float, dtype: jnp.dtype) -> Array:
-    """N(0, deviation²): the same bits under jit and outside, where the barrier keeps two factors from becoming one."""
-    return deviation * jax.lax.optimization_barrier(jax.random.normal(key, shape, dtype))
+    return uniform(key, shape, 1 / math.sqrt(max(fan_in, 1)), dtype)
 
 
 def constant(spec: LoRA, site: Site) -> Leaves:

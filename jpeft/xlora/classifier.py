@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jpeft.draws import uniform
 from jpeft.xlora.spec import XLoRA
 
 Dense = dict[str, Array]
@@ -39,8 +40,7 @@ def dense(key: Array, fan_in: int, outputs: tuple[int, ...], bias: bool, dtype: 
     """One layer: `kernel` (in, *outputs), and `bias` (*outputs) if it has one."""
     bound, keys = 1 / math.sqrt(fan_in), jax.random.split(key)
     shapes = {"kernel": (fan_in, *outputs)} | ({"bias": outputs} if bias else {})
-    draw = lambda key, shape: jax.random.uniform(key, shape, dtype, -bound, bound)
-    return {name: draw(key, shape) for key, (name, shape) in zip(keys, shapes.items(), strict=False)}
+    return {name: uniform(key, shape, bound, dtype) for key, (name, shape) in zip(keys, shapes.items(), strict=False)}
 
 
 def logits(spec: XLoRA, classifier: Classifier, hidden: Array, key: Array | None = None) -> Array:

@@ -5,6 +5,7 @@ import itertools
 import warnings
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -16,6 +17,7 @@ from jpeft.initialize import olora, on_original_base, orthogonal, pissa
 from jpeft.tree import flatten
 from jpeft_interop import load_peft, params_from_torch, save_model, save_peft
 from jpeft_interop.models import build, pure
+from nearness import assert_as_near_as
 from peft_twins import base, gpt2, llama, load, perturb
 
 SHAPES = [(16, 24), (24, 16), (20, 20), (9, 40)]
@@ -79,22 +81,40 @@ def new_adapter(module, config, key=0):
     return jpeft.init(jax.random.key(key), spec_of(config), params), params
 
 
-def assert_as_peft(adapter, params, peft_model, original, atol=1e-5):
-    """Base, s A B and their sum, layer by layer; that the start is there and the model unchanged, too."""
+def assert_as_peft(adapter, params, peft_model, original, change_of, atol=1e-5):
+    """Base, s A B and their sum, layer by layer; that the start is there and the model unchanged, too.
+
+    `change_of(path, weight, rank, scaling)` is s A B in float64.
+    """
     found, flat, before = layers(peft_model), flatten(params), flatten(original)
     assert found.keys() == {site.path for site in adapter.sites}
+    changes = flatten(jpeft.apply(jax.tree.map(jnp.zeros_like, params), adapter))
+    adapted = flatten(jpeft.apply(params, adapter))
     for path, layer in found.items():
-        theirs = in_out(layer, layer.base_layer.weight)
-        ours = np.asarray(flat[path])
-        np.testing.assert_allclose(ours, theirs, atol=atol, err_msg=path)
-        delta = in_out(layer, layer.get_delta_weight("default"))
-        mine = np.asarray(flatten(jpeft.apply(params, adapter))[path])
+        theirs, delta = in_out(layer, layer.base_layer.weight), in_out(layer, layer.get_delta_weight("default"))
         assert np.abs(delta).max() > 1e-2
-        np.testing.assert_allclose(mine - ours, delta, atol=atol, err_msg=path)
-        np.testing.assert_allclose(mine, theirs + delta, atol=atol, err_msg=path)
-        np.testing.assert_allclose(mine, np.asarray(before[path]), atol=atol, err_msg=path)
+        weight = np.asarray(before[path], np.float64)
+        change = change_of(path, weight, layer.r["default"], layer.scaling["default"])
+        assert_as_near_as(flat[path], theirs, weight - change, atol, path)
+        assert_as_near_as(changes[path], delta, change, atol, path)
+        assert_as_near_as(adapted[path], theirs + delta, weight, atol, path)
     untouched = flat.keys() - found.keys()
     assert all(np.array_equal(flat[path], before[path]) for path in untouched)
+
+
+def principal_part(path, weight, rank, scaling):
+    """PiSSA's s A B: U_r S_r V_rᵀ."""
+    u, s, vh = np.linalg.svd(weight, full_matrices=False)
+    return u[:, :rank] * s[:rank] @ vh[:rank]
+
+
+def first_columns(path, weight, rank, scaling):
+    """OLoRA's s A B: s (Q_r R_r)ᵀ of the torch weight."""
+    q, r = np.linalg.qr(weight.T)
+    return scaling * (q[:, :rank] @ r[:rank]).T
+
+
+CHANGES = {"pissa": principal_part, "olora": first_columns}
 
 
 @pytest.mark.parametrize("number", range(len(CASES)))
@@ -105,7 +125,7 @@ def test_base_and_start_as_peft_has_them(name, number):
     module = two(shape, number)
     adapter, params = new_adapter(module, config)
     new, residual = {"pissa": pissa, "olora": olora}[name](adapter, params)
-    assert_as_peft(new, residual, started(module, init_lora_weights=name, **config), params)
+    assert_as_peft(new, residual, started(module, init_lora_weights=name, **config), params, CHANGES[name])
 
 
 def test_pissa_on_the_transposed_weights_of_gpt2():
@@ -114,7 +134,7 @@ def test_pissa_on_the_transposed_weights_of_gpt2():
     adapter, params = new_adapter(module, config)
     new, residual = pissa(adapter, params)
     peft_model = started(module, init_lora_weights="pissa", fan_in_fan_out=True, **config)
-    assert_as_peft(new, residual, peft_model, params)
+    assert_as_peft(new, residual, peft_model, params, principal_part)
 
 
 def test_orthogonal_factors_have_the_size_of_peft_s():

@@ -32,6 +32,7 @@ from jpeft.initialize import (
 from jpeft.tree import flatten
 from jpeft_interop import load_peft, save_peft
 from jpeft_interop.models import build, pure
+from nearness import assert_as_near_as, with_signs_of
 from peft_twins import base, gpt2, llama, load
 from test_peft_initialize import assert_as_peft, in_out, layers, logits, new_adapter, ours_logits, trained
 
@@ -77,8 +78,23 @@ def test_corda(make, mode, rslora):
     peft_model = quietly(get_peft_model, torch_model, peft_config)
 
     adapter, params = new_adapter(module, config)
-    new, residual = corda(adapter, params, measured_covariance(module, adapter, params, data), mode=mode)
-    assert_as_peft(new, residual, peft_model, params)
+    found = measured_covariance(module, adapter, params, data)
+    new, residual = corda(adapter, params, found, mode=mode)
+    change_of = lambda path, weight, rank, scaling: oriented_change(weight, damped(found[path]), rank, mode)
+    assert_as_peft(new, residual, peft_model, params, change_of)
+
+
+def damped(covariance):
+    """C in float64 with PEFT's damping."""
+    c = np.asarray(covariance, np.float64)
+    return c + 0.01 * np.diag(c).mean() * np.eye(len(c))
+
+
+def oriented_change(weight, c, rank, mode):
+    """CorDA's s A B in float64: C⁻¹ times the first or the last directions of C W."""
+    v, s, uh = np.linalg.svd(c @ weight, full_matrices=False)
+    kept = slice(0, rank) if mode == "ipm" else slice(len(s) - rank, None)
+    return np.linalg.solve(c, v[:, kept] * s[kept]) @ uh[kept]
 
 
 def measured_covariance(module, adapter, params, data):
@@ -94,12 +110,9 @@ def test_corda_where_the_inputs_are_nearly_dependent(mode):
     found = measured_covariance(module, adapter, params, batches(6, 1, 24))
     _, residual = corda(adapter, params, found, mode=mode)
     for path, c in found.items():
-        w, c = np.asarray(flatten(params)[path], np.float64), np.asarray(c, np.float64)
-        c += 0.01 * np.diag(c).mean() * np.eye(len(c))
+        w, c = np.asarray(flatten(params)[path], np.float64), damped(c)
         assert np.linalg.cond(c) > 1000
-        v, s, uh = np.linalg.svd(c @ w, full_matrices=False)
-        kept = slice(0, 5) if mode == "ipm" else slice(len(s) - 5, None)
-        expected = w - np.linalg.solve(c, v[:, kept] * s[kept]) @ uh[kept]
+        expected = w - oriented_change(w, c, 5, mode)
         assert np.abs(expected - w).max() > 1e-3
         np.testing.assert_allclose(flatten(residual)[path], expected, atol=1e-5)
 
@@ -154,11 +167,18 @@ def test_the_gradients_that_lora_ga_starts_from():
         np.testing.assert_allclose(ours[path], gradient, atol=2e-6 * float(jnp.abs(gradient).max()))
 
 
-def assert_equal_up_to_signs(ours, theirs, axis, atol=1e-5):
-    """Columns (axis 0) or rows (axis 1) of two factors, either of which may be negated; the signs."""
-    signs = np.sign((ours * theirs).sum(axis, keepdims=True))
-    np.testing.assert_allclose(ours * signs, theirs, atol=atol)
-    return signs
+def directions(gradient, rank, direction):
+    """A and B of LoRA-GA in float64, before B is scaled."""
+    u, s, vh = np.linalg.svd(np.asarray(gradient, np.float64), full_matrices=False)
+    first, second = slice(0, rank), slice(rank, 2 * rank)
+    odd, even = slice(1, 2 * rank, 2), slice(0, 2 * rank, 2)
+    of_a, of_b = {"ArB2r": (first, second), "A2rBr": (second, first), "ArBr": (odd, even)}[direction]
+    return u[:, of_a], s[of_b, None] * vh[of_b]
+
+
+def factors_of(layer):
+    """PEFT's A (in, r) and B (r, out)."""
+    return [getattr(layer, name)["default"].weight.detach().numpy().T for name in ("lora_A", "lora_B")]
 
 
 @pytest.mark.parametrize("scale", ["stable", "gd_scale", "unit"])
@@ -177,32 +197,46 @@ def test_lora_ga(direction, scale):
     new, residual = lora_ga(adapter, params, gradients, direction=direction, scale=scale, stable_gamma=9)
     before, after, unchanged = flatten(params), flatten(residual), flatten(jpeft.apply(residual, new))
     for path, layer in layers(peft_model).items():
-        a, b = (np.asarray(new.trained[path][name]) for name in ("a", "b"))
-        signs_a = assert_equal_up_to_signs(a, layer.lora_A["default"].weight.detach().numpy().T, 0)
-        signs_b = assert_equal_up_to_signs(b, layer.lora_B["default"].weight.detach().numpy().T, 1)
         s = float(new.constant[path]["scaling"])
+        fan_out = before[path].shape[1]
+        scale_a, scale_b = {"stable": (1, fan_out**0.25 / 3), "gd_scale": (1 / s, 1 / s), "unit": (1, 1)}[scale]
+        true_a, true_b = directions(gradients[path], 8, direction)
+        true_a, true_b = true_a * scale_a, true_b * scale_b
+        a, b = (np.asarray(new.trained[path][name]) for name in ("a", "b"))
+        their_a, their_b = factors_of(layer)
+        signed_a, signed_b = with_signs_of(a, true_a, 0), with_signs_of(b, true_b, 1)
+        assert_as_near_as(signed_a, with_signs_of(their_a, true_a, 0), true_a, 1e-5, path)
+        assert_as_near_as(signed_b, with_signs_of(their_b, true_b, 1), true_b, 1e-5, path)
         assert np.abs(s * a @ b).max() > 1e-3
         np.testing.assert_allclose(after[path], before[path] - s * a @ b, atol=1e-6)
-        as_signed_there = before[path] - s * (a * signs_a) @ (b * signs_b)
-        np.testing.assert_allclose(as_signed_there, in_out(layer, layer.base_layer.weight), atol=1e-5)
+        signs = np.sign((their_a * true_a).sum(0)) * np.sign((their_b * true_b).sum(1))
+        true_base = np.asarray(before[path], np.float64) - s * (true_a * signs) @ true_b
+        as_signed_there = before[path] - s * (signed_a * np.float32(signs)) @ signed_b
+        assert_as_near_as(as_signed_there, in_out(layer, layer.base_layer.weight), true_base, 1e-5, path)
         np.testing.assert_allclose(unchanged[path], before[path], atol=1e-6)
 
 
 def test_lora_ga_scaled_by_the_weight():
-    """PEFT estimates the largest singular value: compared on weights where one stands out."""
+    """PEFT estimates the largest singular value: compared on weights where one stands out.
+
+    B takes the leading directions, which PEFT's decomposition has best.
+    """
     module = base(llama)
     with torch.no_grad():
         for layer in module.model.layers:
             weight = layer.self_attn.q_proj.weight
             weight += torch.outer(torch.ones(weight.shape[0]), torch.ones(weight.shape[1]))
     config = {"r": 8, "lora_alpha": 8, "target_modules": ["q_proj"]}
-    peft_model, gradients = lora_ga_of_peft(module, config, batches(3, 2), scale="weight_svd")
+    options = {"direction": "A2rBr", "scale": "weight_svd"}
+    peft_model, gradients = lora_ga_of_peft(module, config, batches(3, 2), **options)
     adapter, params = new_adapter(module, config)
-    new, _ = lora_ga(adapter, params, gradients, scale="weight_svd")
+    new, _ = lora_ga(adapter, params, gradients, **options)
     for path, layer in layers(peft_model).items():
-        theirs = layer.lora_B["default"].weight.detach().numpy().T
-        ours = np.asarray(new.trained[path]["b"])
-        assert_equal_up_to_signs(ours / np.abs(theirs).max(), theirs / np.abs(theirs).max(), 1)
+        _, rows = directions(gradients[path], 8, options["direction"])
+        largest = np.linalg.svd(np.asarray(flatten(params)[path], np.float64), compute_uv=False)[0]
+        truth = rows * largest / np.linalg.norm(rows[0])
+        ours, theirs = (with_signs_of(b, truth, 1) for b in (new.trained[path]["b"], factors_of(layer)[1]))
+        assert_as_near_as(ours, theirs, truth, 1e-5 * np.abs(truth).max(), path)
 
 
 def test_the_export_of_a_start_from_data_runs_in_peft_on_the_original_base(tmp_path):

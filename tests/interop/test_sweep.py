@@ -98,11 +98,13 @@ def test_each_dora_is_what_it_would_be_alone(model):
 
 @pytest.fixture
 def all_optimizations():
-    """Programs as users compile them."""
+    """Programs as users compile them; none that was compiled otherwise is taken for one, here or later."""
     before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", False)
+    jax.clear_caches()
     yield
     jax.config.update("jax_disable_most_optimizations", before)
+    jax.clear_caches()
 
 
 def shapes_in(jaxpr):
