@@ -182,8 +182,9 @@ class _Tapping(Program):
             case _:
                 return super().rewrite(eqn, values)
 
-    def as_array(self, value: Any, equation: str, why: str) -> Any:
+    def as_array(self, value: Any, equation: str, why: str, biased: bool = False) -> Any:
         """The base weight."""
+        del biased
         if not is_weight(value):
             return value
         self.uses.append(Use(value.path, equation, "dense", why))
