@@ -53,12 +53,12 @@ def matches_pattern(pattern: str, *names: str) -> bool:
 
 
 def _ends_in(pattern: str, name: str, share: int = 1) -> bool:
-    begin = sum(1 << at for at in _parts_begin(name))
+    begin = sum(1 << at for at in parts_begin(name))
     return bool(ends(pattern, name, begin, share) >> len(name))
 
 
-def _parts_begin(name: str) -> list[int]:
-    """Where the parts of a dotted name begin."""
+def parts_begin(name: str) -> list[int]:
+    """Tell where the parts of a dotted name begin."""
     return [0, *(at + 1 for at, char in enumerate(name) if char == ".")]
 
 
@@ -88,7 +88,7 @@ class _Patterns:
     def first(self, name: str) -> int:
         """The place of the first that matches; `count` if none does."""
         found = [self.count]
-        for begin in _parts_begin(name):
+        for begin in parts_begin(name):
             end = name[begin:]
             for anything, known in self.fixed.get(len(end), {}).items():
                 found.append(known.get(_blanked(end, anything), self.count))
@@ -149,7 +149,7 @@ def names_module(names: str | tuple[str, ...], module: str) -> bool:
     if isinstance(names, str):
         return matches(names, name)
     known = _dotted_names(_Same(names))
-    return any(name[begin:] in known for begin in _parts_begin(name))
+    return any(name[begin:] in known for begin in parts_begin(name))
 
 
 @lru_cache(64)
@@ -183,7 +183,7 @@ def layer_number(module: str, patterns: tuple[str, ...] = ()) -> int | None:
 
 def number_after(pattern: str, name: str) -> int | None:
     """Find the number that stands behind the first of the name's parts that the pattern matches."""
-    begins = _parts_begin(name)
+    begins = parts_begin(name)
     for begin in begins:
         found = ends(pattern, name, 1 << begin, len(begins))
         for number in NUMBER.finditer(name) if found else ():

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -142,7 +143,9 @@ def _tried(target: Target, one: Input) -> tuple[str, str, float]:
     end, failure = "read", ""
     start = time.thread_time()
     try:
-        target.act(one)
+        with warnings.catch_warnings():  # a config may say things without effect, which is told
+            warnings.simplefilter("ignore", UserWarning)
+            target.act(one)
     except target.error as error:
         end, failure = _kind(error), _told(error) if _is_unforeseen(error) else ""
     except Exception as error:  # any other is what this looks for

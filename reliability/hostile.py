@@ -16,6 +16,7 @@ import socket
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -308,7 +309,9 @@ def measured(act: Callable[[], Any]) -> tuple[str, float, float]:
     """How it ended, in how many seconds of the CPU, and with how many MiB above what was there before."""
     before, start = reset_peak(), time.process_time()
     try:
-        act()
+        with warnings.catch_warnings():  # of what a config says without effect
+            warnings.simplefilter("ignore", UserWarning)
+            act()
         ended = "loaded"
     except jpeft.AdapterError as error:
         ended = f"AdapterError: {error}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -29,13 +28,12 @@ class PeftConfig:
     ties: bool = False
 
 
-def read_config(found: Mapping[str, Any], file: str, warn: bool = True) -> PeftConfig:
+def read_config(found: Mapping[str, Any], file: str) -> PeftConfig:
     """The config in an `adapter_config.json`.
 
     Args:
       found: the file's JSON object.
       file: its name, for errors.
-      warn: warn of what the file leaves out and its weights depend on.
 
     Raises:
       AdapterError: a type not known here, a field unknown, malformed, or set to what is not done here.
@@ -60,10 +58,6 @@ def read_config(found: Mapping[str, Any], file: str, warn: bool = True) -> PeftC
     except SpecError as error:
         raise AdapterError(f"{file}: {error}") from error
     names = tuple(config.get("target_parameters") or ())
-    missing = [name for name in kind.stated if name not in found]
-    if missing and warn:
-        values = ", ".join(f"{name!r}, which PEFT takes for {kind.defaults[name]!r}" for name in missing)
-        warnings.warn(f"{file} lacks {values}: write it into the file if that is not what was trained", stacklevel=2)
     ties = bool(config.get("ensure_weight_tying"))
     base, task, transposed = (config[name] for name in ("base_model_name_or_path", "task_type", "fan_in_fan_out"))
     return PeftConfig(spec, base, task, transposed, names, ties)

@@ -62,6 +62,11 @@ def spot_of(link: Link, kernel: Kernel, layout: Layout) -> Spot:
         )
     if link.key in layout.parameters:
         return Spot(link.key, canonical_kernel(link), is_parameter=True)
+    if f"{link.key.rpartition('.out_proj.')[0]}.in_proj_weight" in layout.by_key:
+        raise AdapterError(
+            f"{link.key!r} is of torch's MultiheadAttention, which reads the weight and never calls the module: PEFT's "
+            "adapter of it has no effect there, and here it would; leave it out of the targets"
+        )
     if not link.key.endswith(".weight"):
         raise AdapterError(f"{link.path!r} lies in {link.key!r}; PEFT adapts modules, whose weight is called 'weight'")
     module, as_head = link.key.removesuffix(".weight"), is_head(link, kernel)

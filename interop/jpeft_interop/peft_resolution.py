@@ -124,11 +124,27 @@ def wrapped(saved: Sequence[str], modules: Modules, adapted: Collection[str] = (
     return {name for name in modules.names | inside if name.endswith(tuple(saved))} if saved else set()
 
 
+def excluding(saved: Iterable[str], module: str) -> str | None:
+    """Find the name in `modules_to_save` for which PEFT leaves a module out of its targets: it takes each for a regex.
+
+    Args:
+      saved: names, none of them a stranger's: they are tried as Python's regexes.
+      module: one that is adapted.
+    """
+    for name in saved:
+        try:
+            if re.match(rf"(^|.*\.){name}($|\..*)", module):
+                return name
+        except re.error:
+            return name  # at which PEFT raises
+    return None
+
+
 def means(where: Targets, module: str) -> bool:
     """Whether PEFT's targets mean a module; what is excluded or saved whole they never do."""
-    if names_module(where.exclude, module) or saves_module(where.saved, module):
-        return False
     if not names_module(where.targets, module):
+        return False
+    if names_module(where.exclude, module) or saves_module(where.saved, module):
         return False
     named_whole = not isinstance(where.targets, str) and module in where.targets
     return where.layers is None or named_whole or _layer(module, where.layers_pattern) in where.layers

@@ -17,7 +17,7 @@ from jpeft_interop.split import Matrix, matrices
 
 NEAR = 1e-6  # of a scaling, which a file holds as alpha
 EPS = float(np.finfo(np.float32).eps)
-WAY_OUT = "nothing was written. jpeft.save keeps the adapter as it is; please report this, it should never happen"
+SAVED = "Nothing was written; jpeft.save keeps the adapter as it is"
 
 
 def check_reads_back(
@@ -47,17 +47,11 @@ def check_reads_back(
       AdapterError: the loader refuses it, or methods, scalings or leaves are not the same to the bit.
     """
     stored = json.loads(json.dumps(config, sort_keys=True))
-    read = parse_peft(
-        Path("what would be written"),
-        stored,
-        tensors,
-        metadata,
-        flat,
-        layout,
-        check_digest=False,
-        check_base=False,
-        warn=False,
-    )
+    options: Any = {"check_digest": False, "check_base": False, "warn": False}
+    try:
+        read = parse_peft(Path("the folder"), stored, tensors, metadata, flat, layout, **options)
+    except AdapterError as error:
+        raise AdapterError(f"what would be written can't be read back: {error}. {SAVED}") from error
     _check_factors({one.spot.module: one for one in matrices(read, layout)}, {m.spot.module: m for m in written})
     _check_whole(_whole(read), _whole(adapter))
     return read
@@ -122,4 +116,4 @@ def _change(matrix: Matrix, x: np.ndarray, of: Any = np.asarray) -> np.ndarray:
 
 
 def _differs(why: str) -> AdapterError:
-    return AdapterError(f"PEFT's folder would read back as another adapter: {why}; {WAY_OUT}")
+    return AdapterError(f"PEFT's folder would read back as another adapter: {why}. {SAVED}; please report this")

@@ -19,6 +19,7 @@ from jpeft.errors import AdapterError
 from jpeft.methods import METHODS
 from jpeft.shared import gathered, has_values, is_shared, write_once
 from jpeft.tree import flatten, nearest
+from jpeft_interop.config_notes import other_tasks_head
 from jpeft_interop.layout import Layout, default_layout
 from jpeft_interop.load_peft import CONFIG, WEIGHTS
 from jpeft_interop.peft_config import PeftConfig, write_config
@@ -32,7 +33,7 @@ from jpeft_interop.serving import Target, plain_lora, uniform
 from jpeft_interop.spelling import exported_spec
 from jpeft_interop.split import Matrix, matrices
 from jpeft_interop.target_parameters import shortest
-from jpeft_interop.without_effect import other_tasks_head
+from jpeft_interop.uses import check_uses
 
 EMBEDDING_NAMES = ("embed_tokens", "lm_head")  # whose base weight PEFT stores beside its factors
 OTHERS = ("README.md",)  # what PEFT leaves in a folder, and a new save may take away
@@ -101,7 +102,7 @@ def peft_files(
 ) -> PeftFiles:
     """What `save_peft` writes, and nothing written; of what several processes share, in each of them."""
     flat = flatten(params)
-    layout = default_layout(flat) if layout is None else layout
+    is_told, layout = layout is not None, default_layout(flat) if layout is None else layout
     layout.check(flat)
     keys_of(adapter.spec)  # or there is no such method in PEFT
     if task_type is not None and task_type not in TASKS:
@@ -113,6 +114,8 @@ def peft_files(
             "name the base's own"
         )
     _check_rank_zero(adapter, flat)
+    if not is_told:
+        check_uses(adapter, layout)
     given = adapter
     adapter = plain_lora(adapter) if target == "vllm" else adapter
     found = matrices(adapter, layout)

@@ -19,7 +19,7 @@ from jpeft.site import Site
 from jpeft.targets import FIXED
 from jpeft.tree import dotted
 from jpeft_interop.layout import Layout
-from jpeft_interop.peft_resolution import Modules, heads_of, lies_in, wrapped
+from jpeft_interop.peft_resolution import Modules, excluding, heads_of, lies_in, wrapped
 
 COPIES = "jpeft.copies"  # in the metadata: a JSON list of torch's names
 TYING_NAMES = ("embed_tokens", "lm_head")  # one of which PEFT has to see for `ensure_weight_tying` to do anything
@@ -120,9 +120,11 @@ def _why_not(names: Sequence[str], adapted: Collection[str], modules: Modules) -
             return f"{module!r} lies in another that it would wrap"
         if lies_in(module, adapted):
             return f"{module!r} has factors too, and would be wrapped: leave out one of the two, or the task_type"
-    inside = [module for module in adapted if lies_in(module, found)]
-    if inside:
-        return f"{inside[0]!r} has factors, and lies in a module that is trained whole"
+    for module in adapted:
+        if lies_in(module, found):
+            return f"{module!r} has factors, and lies in a module that is trained whole"
+        if (name := excluding(names, module)) is not None:
+            return f"{module!r} has factors, and PEFT, which takes {name!r} for a regex, would leave it out"
     return None
 
 

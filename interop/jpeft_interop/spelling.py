@@ -14,7 +14,7 @@ import numpy as np
 
 from jpeft.adapter import Adapter
 from jpeft.errors import AdapterError
-from jpeft.targets import ALL_LINEAR, Patterns, frozen_mapping, names_module, pattern_value
+from jpeft.targets import ALL_LINEAR, FIXED, Patterns, frozen_mapping, names_module, pattern_value
 from jpeft.tree import dotted
 from jpeft_interop.ia3_keys import is_feedforward
 from jpeft_interop.layout import Layout
@@ -23,6 +23,9 @@ from jpeft_interop.saved_modules import SavedModules
 from jpeft_interop.split import Matrix
 
 V = TypeVar("V", int, float)
+HAVE_LAYERS = ("lora", "dora", "adalora")  # methods whose config has `layers_to_transform`
+ADAPTER_NAME = "default"  # PEFT's, of an adapter that is loaded without one
+CONDENSED = 20
 
 
 def exported_spec(
@@ -42,7 +45,9 @@ def exported_spec(
         return _adalora(spec, matrices)
     if spec.method == "ia3":
         return _ia3(spec, matrices)
-    return _lora(spec, matrices)
+    if spec.method in ("lora", "dora"):
+        return _lora(spec, matrices)
+    raise AdapterError(f"{spec.method!r} has no form in a PEFT config; jpeft.save keeps it")
 
 
 def _lora(spec: Any, matrices: Sequence[Matrix]) -> Any:
@@ -108,6 +113,11 @@ def _adalora(spec: Any, matrices: Sequence[Matrix]) -> Any:
                 f"{spec.scaling:g} here: fold what is more into E"
             )
     pruned = frozen_mapping(spec.ranks) or any(r != spec.rank for r in rank.values())
+    if pruned and (taken := [module for module in rank if ADAPTER_NAME in module]):
+        raise AdapterError(
+            f"PEFT takes {ADAPTER_NAME!r} in {taken[0]!r} for its adapter's name when it reads a pruned AdaLoRA: make "
+            "it a LoRA, jpeft.algebra.to_lora(adapter, rank, params=params)"
+        )
     return replace(spec, ranks={escaped(name): r for name, r in rank.items()} if pruned else ())
 
 
@@ -170,4 +180,6 @@ def _is_known_to_peft(spec: Any) -> bool:
         return False
     if spec.layers_to_transform is None:
         return not spec.layers_pattern
-    return spec.method != "ia3" and not isinstance(spec.targets, str)
+    plain = all(FIXED.fullmatch(pattern) for pattern in spec.layers_pattern)  # PEFT puts no brackets around it
+    few = len(spec.targets) < CONDENSED
+    return spec.method in HAVE_LAYERS and not isinstance(spec.targets, str) and plain and few

@@ -191,7 +191,6 @@ LURES = {
     "megatron_core": "antigravity",
     "loftq_config": {"loftq_bits": 4},
     "eva_config": {"__class__": "os.system"},
-    "task_type": "__import__('antigravity')",
     "runtime_config": {"trust_remote_code": True},
 }
 

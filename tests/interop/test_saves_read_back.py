@@ -15,14 +15,18 @@ from torch import nn
 from transformers import (
     BertConfig,
     BertForTokenClassification,
+    BloomConfig,
+    BloomForCausalLM,
     DistilBertConfig,
     DistilBertForSequenceClassification,
     MixtralConfig,
     MixtralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
 )
 
 import jpeft
-from jpeft_interop import load_peft, params_from_torch, params_to_torch, save_peft
+from jpeft_interop import infer_layout, load_peft, params_from_torch, params_to_torch, save_peft
 from jpeft_interop.save_peft import peft_files
 from peft_twins import IDS, SIZES, adapted, base, bert, gpt2, llama, load, logits, save
 
@@ -296,7 +300,7 @@ def test_a_missing_alpha_is_eight_and_told(tmp_path):
     config = json.loads((folder / "adapter_config.json").read_text())
     del config["lora_alpha"]
     (folder / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.warns(UserWarning, match="lacks 'lora_alpha', which PEFT takes for 8"):
+    with pytest.warns(UserWarning, match="'lora_alpha' is missing, which PEFT takes for 8"):
         adapter = load_peft(folder, params)
     assert (merged(module, params, adapter) - logits(load(module, folder)[0], TOKENS)).abs().max() <= 1e-5
 
@@ -310,8 +314,8 @@ def changed(folder, **fields):
 @pytest.mark.parametrize(
     ("fields", "told"),
     [
-        ({"target_modules": ["q_proj", "query_key_value"]}, "the target 'query_key_value' matches no module"),
-        ({"alpha_pattern": {"o_proj": 3}}, "the pattern 'o_proj' matches no target"),
+        ({"target_modules": ["q_proj", "query_key_value"]}, "of the targets 'query_key_value' match no module"),
+        ({"alpha_pattern": {"o_proj": 3}}, "of the patterns 'o_proj' match no target"),
         ({"task_type": "SEQ_CLS"}, "'task_type' is 'SEQ_CLS', and this base has no module 'classifier' or 'score'"),
     ],
 )
@@ -336,9 +340,139 @@ def test_a_task_that_peft_does_not_have_is_refused(key, tmp_path):
         save_peft(tmp_path / "a", adapter, params=params, task_type="CASUAL_LM")
 
 
+def test_a_task_that_peft_refuses_to_read_is_refused(tmp_path):
+    module = base(llama)
+    folder = changed(save(adapted(module, r=2, target_modules=["q_proj"]), tmp_path), task_type="__import__('os')")
+    with pytest.raises(ValueError, match="Invalid task type"):
+        load(module, folder)
+    with pytest.raises(jpeft.AdapterError, match="'task_type' must be one of CAUSAL_LM"):
+        load_peft(folder, params_from_torch(module))
+
+
 def test_token_classifiers_and_scores(key, tmp_path):
     module = base(lambda: BertForTokenClassification(BertConfig(**SIZES, max_position_embeddings=32)))
     params, adapter = made(key, module, jpeft.LoRA(rank=2, targets=["query"], modules_to_save=["classifier"]))
     assert_reads_as_saved(
         module, params, adapter, tmp_path / "a", merged(module, params, adapter), task_type="TOKEN_CLS"
     )
+
+
+def tied(config_class, model_class, **sizes):
+    return model_class(config_class(**IDS, **sizes))
+
+
+UNKNOWN_TIES = {
+    "opt": lambda: tied(
+        OPTConfig,
+        OPTForCausalLM,
+        hidden_size=32,
+        word_embed_proj_dim=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        ffn_dim=48,
+        vocab_size=50,
+        max_position_embeddings=32,
+    ),
+    "bloom": lambda: tied(BloomConfig, BloomForCausalLM, hidden_size=32, n_layer=2, n_head=4, vocab_size=50),
+}
+
+
+@pytest.mark.parametrize("name", UNKNOWN_TIES)
+def test_a_tie_that_nobody_told_is_asked_for(name, key, tmp_path):
+    module = base(UNKNOWN_TIES[name])
+    embedding = {"opt": "embed_tokens", "bloom": "word_embeddings"}[name]
+    params, adapter = made(key, module, jpeft.LoRA(rank=2, targets=[embedding]))
+    with pytest.raises(jpeft.AdapterError, match="infer_layout"):
+        save_peft(tmp_path / "a", adapter, params=params)
+    with pytest.raises(jpeft.AdapterError, match="infer_layout"):
+        load_peft(save(adapted(module, r=2, target_modules=[embedding]), tmp_path / "theirs"), params)
+    save_peft(tmp_path / "b", adapter, params=params, layout=infer_layout(params, module))
+    loaded, _ = load(module, tmp_path / "b")
+    assert (logits(loaded, TOKENS) - merged(module, params, adapter)).abs().max() <= 1e-5
+
+
+class Deep(nn.Module):
+    """Many layers, and names that are regexes for one another."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = nn.Module()
+        self.model.layers = nn.ModuleList([nn.Linear(8, 8) for _ in range(22)])
+        self.out = nn.Sequential(nn.Linear(8, 8))
+        self.out_0 = nn.Linear(8, 8)
+
+    def forward(self, x):
+        for layer in self.model.layers:
+            x = x + torch.tanh(layer(x))
+        return self.out_0(torch.tanh(self.out(x)))
+
+
+def same_in_peft(module, params, adapter, folder):
+    save_peft(folder, adapter, params=params)
+    x = torch.randn(2, 8)
+    other = copy.deepcopy(module)
+    other.load_state_dict(params_to_torch(jpeft.merge(params, adapter), module))
+    with torch.no_grad():
+        assert (other(x) - module(x)).abs().max() > 1e-3
+        assert (load(module, folder)[0](x) - other(x)).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("count", [19, 20, 22])
+def test_many_modules_named_whole_are_meant_whatever_their_layer(count, key, tmp_path):
+    torch.manual_seed(0)
+    module = Deep().eval()
+    targets = [f"model.layers.{n}" for n in range(count)]
+    params, adapter = made(key, module, jpeft.LoRA(rank=2, targets=targets, layers_to_transform=[0]))
+    same_in_peft(module, params, adapter, tmp_path / "a")
+
+
+def test_a_saved_name_that_is_a_regex_for_a_target_is_refused(key, tmp_path):
+    module = Deep().eval()
+    params, adapter = made(key, module, jpeft.LoRA(rank=2, targets=["out_0"], modules_to_save=["out.0"]))
+    with pytest.raises(jpeft.AdapterError, match="'out_0' has factors, and PEFT, which takes 'out.0' for a regex"):
+        save_peft(tmp_path / "a", adapter, params=params)
+
+
+class Attending(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.out = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.out(self.attention(x, x, x)[0])
+
+
+def test_an_adapter_that_pefts_module_never_calls_is_refused(key, tmp_path):
+    module = Attending().eval()
+    params, adapter = made(key, module, jpeft.LoRA(rank=2, targets=["out_proj", "out"]))
+    with pytest.raises(jpeft.AdapterError, match="MultiheadAttention"):
+        save_peft(tmp_path / "a", adapter, params=params)
+
+
+def test_a_trained_magnitude_of_rank_zero_is_refused(key, tmp_path):
+    module = base(llama)
+    spec = jpeft.DoRA(rank=2, targets=["q_proj", "k_proj"], rank_pattern={"k_proj": 0})
+    params, adapter = made(key, module, spec)
+    with pytest.raises(jpeft.AdapterError, match="has rank 0.* magnitude"):
+        save_peft(tmp_path / "a", adapter, params=params)
+    untrained = jpeft.init(key, spec, params)
+    save_peft(tmp_path / "b", untrained, params=params)
+    assert not [name for name in load_file(tmp_path / "b" / "adapter_model.safetensors") if "k_proj" in name]
+
+
+def test_a_value_without_axes_in_a_saved_module(key, tmp_path):
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.gate = nn.Linear(8, 8), nn.Module()
+            self.gate.value = nn.Parameter(torch.tensor(1.0))
+
+        def forward(self, x):
+            return self.fc(x) * self.gate.value
+
+    module = Scaled().eval()
+    params, adapter = made(key, module, jpeft.LoRA(rank=2, targets=["fc"], modules_to_save=["gate"]))
+    save_peft(tmp_path, adapter, params=params)
+    again = load_peft(tmp_path, params)
+    assert float(again.trained["gate/value"]["value"]) == float(adapter.trained["gate/value"]["value"]) != 1.0

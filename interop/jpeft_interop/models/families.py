@@ -322,6 +322,7 @@ FAMILIES: tuple[Family, ...] = (
         prefix="model",
         heads=("proj_out",),
         tied=(("model/decoder/embed_tokens/embedding", "proj_out/kernel"),),
+        with_head=("model/encoder/conv1",),  # OPT has the same embedding, and another head
     ),
 )
 
