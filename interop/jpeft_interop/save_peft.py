@@ -53,7 +53,9 @@ def save_peft(
 
     The latter's metadata holds a digest of both and a fingerprint of the weights in `params` that are adapted, which
     `load_peft` checks. Where several processes share arrays of the adapter or the base, all of them call this, and
-    process 0 writes.
+    process 0 writes. Before, `load_peft` reads what is to be written, and it is spelt so that PEFT means the same by
+    it, as far as the names of the base's tensors tell. They do not tell of buffers: PEFT asks the file for those of a
+    module that is trained whole (BatchNorm's), and raises KeyError without them.
 
     Args:
       folder: made if need be; one that holds other things than an adapter is refused.
@@ -68,7 +70,8 @@ def save_peft(
         folded into B, and what has no such form is refused with the reason. PEFT reads that too.
 
     Raises:
-      AdapterError: a value that is not finite, a path without a place in torch, or what PEFT's format cannot say.
+      AdapterError: a value that is not finite, a path without a place in torch, what PEFT's format cannot say, or what
+        would read back as something else.
       OSError: it can't be written; then what was there still is.
     """
     options: Any = {"layout": layout, "base_model": base_model, "task_type": task_type, "target": target}

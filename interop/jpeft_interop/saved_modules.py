@@ -16,10 +16,12 @@ from typing import Any
 from jpeft.adapter import Adapter
 from jpeft.errors import AdapterError
 from jpeft.site import Site
+from jpeft.spec import Spec
 from jpeft.targets import FIXED
 from jpeft.tree import dotted
 from jpeft_interop.layout import Layout
 from jpeft_interop.peft_resolution import Modules, excluding, heads_of, lies_in, wrapped
+from jpeft_interop.peft_types import type_of
 
 COPIES = "jpeft.copies"  # in the metadata: a JSON list of torch's names
 TYING_NAMES = ("embed_tokens", "lm_head")  # one of which PEFT has to see for `ensure_weight_tying` to do anything
@@ -66,18 +68,23 @@ def saved_modules(adapter: Adapter, adapted: Collection[str], layout: Layout, ta
     biases: dict[str, str] = {}
     tied: set[str] = set()
     for site in adapter.sites:
-        if site.method == "replacement":
-            uses = torch_keys(site, layout)
-            is_bias = all(is_trained_bias(key, spec.bias, adapted) for keys in uses for key in keys)
-            (biases if is_bias else trained).update(
-                {key: site.path for keys in uses for key in keys[: is_bias or None]}
-            )
-            tied |= set() if is_bias else {key for keys in uses if len(keys) > 1 for key in keys}
+        uses = torch_keys(site, layout) if site.method == "replacement" else []
+        if all(is_trained_bias(key, spec.bias, adapted) for names in uses for key in names):
+            biases |= {names[0]: site.path for names in uses}  # a tied one keeps its other names in PEFT
+        else:
+            trained |= {key: site.path for names in uses for key in names}
+            tied |= {key for names in uses if len(names) > 1 for key in names}
     names = _names(tuple(map(dotted, spec.modules_to_save)), set(trained), set(biases), adapted, modules, heads)
     found = frozenset(wrapped((*names, *heads), modules, adapted))
     copies = tuple(sorted(modules.below(found) - set(trained) - set(biases)))
-    ties = spec.method != "ia3" and _ties(names, tied, modules)
+    ties = _has_tying(spec) and _ties(names, tied, modules)
     return SavedModules(names, trained | biases, copies, ties, found)
+
+
+def _has_tying(spec: Spec) -> bool:
+    """Whether PEFT's config for the method has `ensure_weight_tying`."""
+    kind = type_of(spec)
+    return kind is not None and "ensure_weight_tying" in kind.defaults
 
 
 def is_trained_bias(key: str, bias: str, adapted: Collection[str]) -> bool:

@@ -186,12 +186,15 @@ def factors_of(layer):
 def test_lora_ga(direction, scale):
     """From the same gradients, at ranks where PEFT's randomised decomposition is exact: 4 r is all there is.
 
+    The data are ones whose gradients have singular values apart: where they are close, PEFT's own vectors are off by
+    0.7 of the tolerance on one processor, and by more on another.
+
     A and B take different singular vectors, so that the signs, which are arbitrary, do not cancel in A B.
     """
     module = base(llama)
     config = {"r": 8, "lora_alpha": 12, "use_rslora": scale == "unit", "target_modules": ["q_proj", "down_proj"]}
     peft_model, gradients = lora_ga_of_peft(
-        module, config, batches(3, 2), direction=direction, scale=scale, stable_gamma=9
+        module, config, batches(5, 2), direction=direction, scale=scale, stable_gamma=9
     )
     adapter, params = new_adapter(module, config)
     new, residual = lora_ga(adapter, params, gradients, direction=direction, scale=scale, stable_gamma=9)
