@@ -32,6 +32,11 @@ AS_USERS_DO = {
 }
 
 
+def in_a_hurry(path):
+    """Whether what a file tests may be compiled with few optimizations: not doctests, nor the modules above."""
+    return HERE in path.parents and path.name not in AS_USERS_DO
+
+
 class Compiler:
     """Chooses how to compile; a plugin of its own, because a fixture of this file would not reach the doctests."""
 
@@ -43,7 +48,7 @@ class Compiler:
         To JAX a function compiled the other way is the same one, so what it has kept is dropped with each change:
         else a module's numbers would depend on which modules ran before it.
         """
-        hurry = HERE in request.path.parents and request.path.name not in AS_USERS_DO
+        hurry = in_a_hurry(request.path)
         if hurry != jax.config.read("jax_disable_most_optimizations"):
             jax.clear_caches()
             jax.config.update("jax_disable_most_optimizations", hurry)
@@ -59,11 +64,13 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Shuffle the files and keep the order within each."""
-    if (drawn_from := config.getoption("--shuffle")) is not None:
-        files = sorted({item.path for item in items})
-        random.Random(drawn_from).shuffle(files)
-        items.sort(key=lambda item: files.index(item.path))
+    """Run what is compiled in a hurry first, so that little is compiled twice; or shuffle the files, as told."""
+    if (drawn_from := config.getoption("--shuffle")) is None:
+        items.sort(key=lambda item: not in_a_hurry(item.path))
+        return
+    files = sorted({item.path for item in items})
+    random.Random(drawn_from).shuffle(files)
+    items.sort(key=lambda item: files.index(item.path))
 
 
 @pytest.fixture
