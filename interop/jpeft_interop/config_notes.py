@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from jpeft.targets import ALL_LINEAR, matches_pattern, parts_begin, pattern_value
+from jpeft.targets import ALL_LINEAR, frozen_mapping, matches_pattern, parts_begin, pattern_value
 from jpeft.tree import dotted, nearest
 from jpeft_interop.layout import Layout
 from jpeft_interop.peft_config import PeftConfig
@@ -18,6 +18,7 @@ from jpeft_interop.peft_resolution import TASKS, Modules, heads_of, means, wrapp
 from jpeft_interop.peft_types import type_of
 
 MOST = 50  # patterns that are tried one by one
+PATTERNS = ("rank_pattern", "alpha_pattern")  # fields of a spec
 HEADLESS = ("FEATURE_EXTRACTION",)
 
 
@@ -55,11 +56,12 @@ def _unmatched_targets(config: PeftConfig, layout: Layout) -> Iterable[str]:
 
 def _unmatched_patterns(config: PeftConfig, layout: Layout) -> Iterable[str]:
     spec: Any = config.spec
-    if spec.targets == ALL_LINEAR or not spec.patterns:
+    patterns = [name for field in PATTERNS for name, _ in frozen_mapping(getattr(spec, field, ()))]
+    if spec.targets == ALL_LINEAR or not patterns:
         return
     targeted = [module for module in layout.modules if means(spec.where, module)]
     targeted += layout.parameters if config.parameters else ()
-    order = tuple((pattern, at) for at, pattern in enumerate(spec.patterns))
+    order = tuple((pattern, at) for at, pattern in enumerate(patterns))
     used = {pattern_value(pairs, (module,), -1) for pairs in (order, order[::-1]) for module in targeted}
     rest = [pattern for pattern, at in order if at not in used]  # no one's first pattern, nor anyone's last
     unmatched = [pattern for pattern in rest[:MOST] if not any(matches_pattern(pattern, one) for one in targeted)]
